@@ -1,0 +1,142 @@
+"""Kernel events as async iterators.
+
+The names below are the public ones.  They are imported when first used: importing ebpfstream alone
+costs nothing and needs no sink's library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ebpfstream.batch import EventBatch as EventBatch
+    from ebpfstream.errors import (
+        ArgumentError as ArgumentError,
+    )
+    from ebpfstream.errors import (
+        AttachError as AttachError,
+    )
+    from ebpfstream.errors import (
+        BccNotFoundError as BccNotFoundError,
+    )
+    from ebpfstream.errors import (
+        CompileError as CompileError,
+    )
+    from ebpfstream.errors import (
+        DecodeError as DecodeError,
+    )
+    from ebpfstream.errors import (
+        EbpfStreamError as EbpfStreamError,
+    )
+    from ebpfstream.errors import (
+        EventTypeError as EventTypeError,
+    )
+    from ebpfstream.errors import (
+        LoadError as LoadError,
+    )
+    from ebpfstream.errors import (
+        PrivilegeError as PrivilegeError,
+    )
+    from ebpfstream.errors import (
+        SinkClosedError as SinkClosedError,
+    )
+    from ebpfstream.errors import (
+        SinkError as SinkError,
+    )
+    from ebpfstream.errors import (
+        StreamBusyError as StreamBusyError,
+    )
+    from ebpfstream.errors import (
+        StreamClosedError as StreamClosedError,
+    )
+    from ebpfstream.errors import (
+        UnsupportedError as UnsupportedError,
+    )
+    from ebpfstream.events import (
+        I8 as I8,
+    )
+    from ebpfstream.events import (
+        I16 as I16,
+    )
+    from ebpfstream.events import (
+        I32 as I32,
+    )
+    from ebpfstream.events import (
+        I64 as I64,
+    )
+    from ebpfstream.events import (
+        U8 as U8,
+    )
+    from ebpfstream.events import (
+        U16 as U16,
+    )
+    from ebpfstream.events import (
+        U32 as U32,
+    )
+    from ebpfstream.events import (
+        U64 as U64,
+    )
+    from ebpfstream.events import (
+        Char as Char,
+    )
+    from ebpfstream.events import (
+        Comm as Comm,
+    )
+    from ebpfstream.events import (
+        Event as Event,
+    )
+    from ebpfstream.events import (
+        Flag as Flag,
+    )
+    from ebpfstream.forwarding import forward as forward
+    from ebpfstream.sink import Sink as Sink
+    from ebpfstream.sinks.stdout import StdoutSink as StdoutSink
+    from ebpfstream.statistics import Statistics as Statistics
+    from ebpfstream.stream import EventStream as EventStream
+    from ebpfstream.tracers.execve import (
+        ExecEvent as ExecEvent,
+    )
+    from ebpfstream.tracers.execve import (
+        trace_execve as trace_execve,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "batch": ("EventBatch",),
+    "errors": (
+        "ArgumentError",
+        "AttachError",
+        "BccNotFoundError",
+        "CompileError",
+        "DecodeError",
+        "EbpfStreamError",
+        "EventTypeError",
+        "LoadError",
+        "PrivilegeError",
+        "SinkClosedError",
+        "SinkError",
+        "StreamBusyError",
+        "StreamClosedError",
+        "UnsupportedError",
+    ),
+    "events": ("Char", "Comm", "Event", "Flag", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"),
+    "forwarding": ("forward",),
+    "sink": ("Sink",),
+    "sinks.stdout": ("StdoutSink",),
+    "statistics": ("Statistics",),
+    "stream": ("EventStream",),
+    "tracers.execve": ("ExecEvent", "trace_execve"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]

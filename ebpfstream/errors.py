@@ -1,0 +1,75 @@
+"""What can go wrong.  Every message says what to do about it.
+
+All errors derive from `EbpfStreamError`; those that a caller brought about by a wrong argument are
+`ValueError`s as well, those that the kernel refused for lack of rights are `PermissionError`s.
+"""
+
+
+class EbpfStreamError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ArgumentError(EbpfStreamError, ValueError):
+    """An argument that cannot be meant: an unknown buffer kind, an impossible size and the like."""
+
+
+class PrivilegeError(EbpfStreamError, PermissionError):
+    """The kernel refuses BPF to this process: not root, capabilities missing, lockdown."""
+
+
+class UnsupportedError(EbpfStreamError):
+    """What is asked for is not in this kernel; the message names the version or option that has it."""
+
+
+class BccNotFoundError(EbpfStreamError):
+    """The distribution's BCC binding is not installed, or cannot be loaded."""
+
+
+class CompileError(EbpfStreamError):
+    """BCC refused the program's text.
+
+    `log` is what the compiler said, whole; the message holds its first errors.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class LoadError(EbpfStreamError):
+    """The kernel refused a map or a program.
+
+    `log` is what the verifier said, whole; the message holds its last lines.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class AttachError(EbpfStreamError):
+    """A program could not be attached to its hook."""
+
+
+class EventTypeError(EbpfStreamError, TypeError):
+    """An event class whose fields have no layout in C; raised when the class is first used."""
+
+
+class DecodeError(EbpfStreamError):
+    """A record that its event type does not fit; names the field, its offset and its type."""
+
+
+class StreamClosedError(EbpfStreamError):
+    """The stream was closed before this call."""
+
+
+class StreamBusyError(EbpfStreamError):
+    """The stream is being iterated by somebody else."""
+
+
+class SinkError(EbpfStreamError):
+    """A sink could not take what it was given."""
+
+
+class SinkClosedError(SinkError):
+    """The sink's other end is gone (a closed pipe), so no send can ever succeed again."""

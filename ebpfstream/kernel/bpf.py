@@ -1,0 +1,367 @@
+"""The bpf(2) system call: maps, programs, and the links that attach them.
+
+Layouts are those of `union bpf_attr` and `struct bpf_prog_info` in include/uapi/linux/bpf.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import struct
+from collections.abc import Mapping
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from ebpfstream.errors import AttachError, LoadError, PrivilegeError, UnsupportedError
+
+# bpf(2), membarrier(2): from each architecture's table of system calls.
+_SYSCALLS: Final = {
+    "x86_64": (321, 324),
+    "aarch64": (280, 283),
+    "riscv64": (280, 283),
+    "s390x": (351, 356),
+    "ppc64le": (361, 365),
+}
+
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5
+_OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN = 15, 17
+
+_INSTRUCTION: Final = struct.Struct("<BBhi")  # struct bpf_insn: code, dst_reg:4 src_reg:4, off, imm
+_LD_IMM64: Final = 0x18  # BPF_LD | BPF_DW | BPF_IMM, the one instruction that fills two slots
+_PSEUDO_MAP_FD: Final = 1
+
+_LOG_SIZE, _LOG_SIZE_MAX = 1 << 20, 1 << 26
+_LOG_LINES_SHOWN = 12
+
+_MEMBARRIER_CMD_GLOBAL = 1
+
+
+class MapType(IntEnum):
+    """`enum bpf_map_type`."""
+
+    HASH = 1
+    ARRAY = 2
+    PERF_EVENT_ARRAY = 4
+    PERCPU_ARRAY = 6
+    ARRAY_OF_MAPS = 12
+    RINGBUF = 27
+
+
+class ProgramType(IntEnum):
+    """`enum bpf_prog_type`."""
+
+    KPROBE = 2
+    TRACEPOINT = 5
+    RAW_TRACEPOINT = 17
+
+
+class Descriptor:
+    """Owns a file descriptor; closed by `close()` or with the last reference, whichever is first."""
+
+    __slots__ = ("__weakref__", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Give up the descriptor.  Closing again does nothing."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} fd={self.fd}>" if self.fd >= 0 else f"<{type(self).__name__} closed>"
+
+
+class Map(Descriptor):
+    """A BPF map in the kernel."""
+
+    __slots__ = ("key_size", "max_entries", "type", "value_size")
+
+    def __init__(self, fd: int, type: MapType, key_size: int, value_size: int, max_entries: int) -> None:
+        super().__init__(fd)
+        self.type = type
+        self.key_size = key_size
+        self.value_size = value_size
+        self.max_entries = max_entries
+
+    @classmethod
+    def create(
+        cls, name: str, type: MapType, *, key_size: int = 0, value_size: int = 0, max_entries: int
+    ) -> Map:
+        """Create a map in the kernel.
+
+        Raises PrivilegeError, UnsupportedError (a map type that this kernel does not know), LoadError.
+        """
+        attributes = struct.pack(
+            "<IIIIIII16s", type, key_size, value_size, max_entries, 0, 0, 0, name.encode()[:15]
+        )
+        fd = _bpf(_MAP_CREATE, attributes)
+        if fd < 0:
+            code = ctypes.get_errno()
+            if code == errno.EPERM:
+                raise _privilege_error()
+            if code == errno.EINVAL and type is MapType.RINGBUF:
+                raise UnsupportedError(
+                    f"this kernel ({os.uname().release}) has no BPF ring buffer, which came with Linux 5.8"
+                )
+            raise LoadError(
+                f"the kernel refused the {type.name} map {name!r} of {max_entries} entries, "
+                f"{value_size} bytes each: {os.strerror(code)}"
+            )
+        return cls(fd, type, key_size, value_size, max_entries)
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value at `key`, or None; of a per-CPU map each possible CPU's in turn, 8-byte aligned."""
+        size = self.value_size
+        if self.type is MapType.PERCPU_ARRAY:
+            size = (size + 7 & ~7) * possible_cpus()
+        value = ctypes.create_string_buffer(size)
+        if (
+            _bpf(_MAP_LOOKUP, struct.pack("<IIQQQ", self.fd, 0, _address(key), ctypes.addressof(value), 0))
+            < 0
+        ):
+            code = ctypes.get_errno()
+            if code == errno.ENOENT:
+                return None
+            raise OSError(code, os.strerror(code))
+        return value.raw
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Set the value at `key`."""
+        if _bpf(_MAP_UPDATE, struct.pack("<IIQQQ", self.fd, 0, _address(key), _address(value), 0)) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+
+class Program(Descriptor):
+    """A BPF program in the kernel, verified."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd)
+        self.name = name
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        type: ProgramType,
+        instructions: bytes,
+        maps: Mapping[int, Map],
+        *,
+        license: str,
+        kernel_version: int = 0,
+    ) -> Program:
+        """Load a program into the kernel.
+
+        `maps` says which map each number stands for that the instructions have in a map's place.
+        Raises PrivilegeError, or LoadError with what the verifier said.
+        """
+        code = _with_maps(instructions, maps)
+
+        def attempt(log: ctypes.Array[ctypes.c_char] | None) -> int:
+            # Without a log first: writing one makes verification several times slower.
+            license_text = license.encode() + b"\0"
+            return _bpf(
+                _PROG_LOAD,
+                struct.pack(
+                    "<IIQQIIQII16sII",
+                    type,
+                    len(code) // _INSTRUCTION.size,
+                    _address(code),
+                    _address(license_text),
+                    1 if log is not None else 0,
+                    len(log) if log is not None else 0,
+                    ctypes.addressof(log) if log is not None else 0,
+                    kernel_version,
+                    0,
+                    name.encode()[:15],
+                    0,
+                    0,
+                ),
+            )
+
+        fd = attempt(None)
+        if fd >= 0:
+            return cls(fd, name)
+        if ctypes.get_errno() == errno.EPERM:
+            raise _privilege_error()
+        size = _LOG_SIZE
+        while True:
+            log = ctypes.create_string_buffer(size)
+            fd = attempt(log)
+            if fd >= 0:  # what failed was of the moment (EAGAIN, ENOMEM)
+                return cls(fd, name)
+            reason = ctypes.get_errno()
+            if reason != errno.ENOSPC or size >= _LOG_SIZE_MAX:
+                break
+            size *= 4
+        text = log.value.decode(errors="replace").strip()
+        raise LoadError(_verifier_message(name, reason, text), text)
+
+    def recursion_misses(self) -> int | None:
+        """Runs that the kernel skipped because the program was already running on that CPU.
+
+        None where the kernel does not tell (before Linux 5.12).
+        """
+        info = ctypes.create_string_buffer(216)
+        request = struct.pack("<IIQ", self.fd, len(info), ctypes.addressof(info))
+        if _bpf(_OBJ_GET_INFO_BY_FD, request) < 0 or _kernel_release() < (5, 12):
+            return None
+        return int(struct.unpack_from("<Q", info.raw, 208)[0])
+
+
+class Link(Descriptor):
+    """What keeps a program attached; closing it detaches."""
+
+    __slots__ = ()
+
+    @classmethod
+    def raw_tracepoint(cls, program: Program, name: str) -> Link:
+        """Attach to the raw tracepoint `name`.  Raises AttachError.  Linux ≥ 4.17."""
+        target = name.encode() + b"\0"
+        fd = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", _address(target), program.fd, 0))
+        if fd < 0:
+            code = ctypes.get_errno()
+            if code == errno.EPERM:
+                raise _privilege_error()
+            reason = "there is no such tracepoint" if code == errno.ENOENT else os.strerror(code)
+            raise AttachError(
+                f"{program.name} cannot be attached to the raw tracepoint {name!r}: {reason} "
+                f"(Linux {os.uname().release})"
+            )
+        return cls(fd)
+
+
+def wait_for_running_programs() -> None:
+    """Return when every BPF program that was running at the call has ended.
+
+    Programs run inside RCU read-side sections, and MEMBARRIER_CMD_GLOBAL is synchronize_rcu()
+    (kernel/sched/membarrier.c).  It is refused on kernels with nohz_full CPUs; there, replacing an
+    entry of a map of maps waits for the same thing (maybe_wait_bpf_programs(), kernel/bpf/syscall.c).
+    Takes some 10 ms.
+    """
+    if _libc().syscall(_syscall_number(1), _MEMBARRIER_CMD_GLOBAL, 0, 0) == 0:
+        return
+    inner = Map.create("wait_inner", MapType.ARRAY, key_size=4, value_size=4, max_entries=1)
+    attributes = struct.pack("<IIIIIII16s", MapType.ARRAY_OF_MAPS, 4, 4, 1, 0, inner.fd, 0, b"wait_outer")
+    outer = Map(_bpf(_MAP_CREATE, attributes), MapType.ARRAY_OF_MAPS, 4, 4, 1)
+    try:
+        outer.update(bytes(4), struct.pack("<I", inner.fd))
+    finally:
+        outer.close()
+        inner.close()
+
+
+@cache
+def possible_cpus() -> int:
+    """How many CPUs this machine may ever have online: the length of a per-CPU value."""
+    return len(cpu_list(Path("/sys/devices/system/cpu/possible").read_text()))
+
+
+def cpu_list(text: str) -> list[int]:
+    """The CPUs of a list as the kernel writes it: "0-3,8" is 0, 1, 2, 3, 8."""
+    cpus: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def _with_maps(instructions: bytes, maps: Mapping[int, Map]) -> bytes:
+    """The instructions with each map's number replaced by its descriptor in this process."""
+    code = bytearray(instructions)
+    position = 0
+    while position < len(code):
+        opcode, registers, offset, immediate = _INSTRUCTION.unpack_from(code, position)
+        if opcode == _LD_IMM64:
+            if registers >> 4 == _PSEUDO_MAP_FD:
+                _INSTRUCTION.pack_into(code, position, opcode, registers, offset, maps[immediate].fd)
+            position += _INSTRUCTION.size
+        position += _INSTRUCTION.size
+    return bytes(code)
+
+
+def _verifier_message(name: str, reason: int, log: str) -> str:
+    lines = log.splitlines()
+    shown = lines[-_LOG_LINES_SHOWN:]
+    message = f"the kernel refused the program {name!r}: {os.strerror(reason)}"
+    if not shown:
+        return message
+    if omitted := len(lines) - len(shown):
+        shown.insert(0, f"({omitted} lines before these are in the error's `log`)")
+    return message + "; the verifier's last lines:\n  " + "\n  ".join(shown)
+
+
+def _privilege_error() -> PrivilegeError:
+    message = (
+        f"the kernel refuses BPF to this process (uid {os.geteuid()}): run it as root, "
+        "or give it the capabilities CAP_BPF and CAP_PERFMON"
+    )
+    lockdown = Path("/sys/kernel/security/lockdown")
+    try:
+        if "[confidentiality]" in lockdown.read_text():
+            message += "; this kernel is locked down (confidentiality), which forbids reading kernel memory"
+    except OSError:
+        pass
+    return PrivilegeError(message)
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    buffer = ctypes.create_string_buffer(attributes, max(len(attributes), 120))
+    for _ in range(2):
+        result = int(_libc().syscall(_syscall_number(0), command, buffer, len(buffer)))
+        if result >= 0 or ctypes.get_errno() != errno.EPERM or not _raise_memlock():
+            break
+    return result
+
+
+def _raise_memlock() -> bool:
+    """Before Linux 5.11 maps are charged to RLIMIT_MEMLOCK, and EPERM may mean that alone."""
+    if _kernel_release() >= (5, 11):
+        return False
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK) == unlimited:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+    except (OSError, ValueError):
+        ctypes.set_errno(errno.EPERM)
+        return False
+    return True
+
+
+@cache
+def _kernel_release() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    return libc
+
+
+def _syscall_number(which: int) -> int:
+    machine = platform.machine()
+    try:
+        return _SYSCALLS[machine][which]
+    except KeyError:
+        raise UnsupportedError(f"{machine} is not supported; supported are {', '.join(_SYSCALLS)}") from None
+
+
+def _address(data: bytes) -> int:
+    """Where CPython keeps these bytes; they must be referenced until the call has returned."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0

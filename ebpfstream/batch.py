@@ -1,0 +1,99 @@
+"""What a drain takes out of a kernel buffer: records, and with their type a batch of events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Generic, NamedTuple
+
+from ebpfstream.codec import codec
+from ebpfstream.errors import DecodeError
+from ebpfstream.events import E_co
+
+# Records of equal length, one after the other: where the first begins, bytes from one to the next,
+# bytes of each sample, how many.  A plain tuple: where lengths are mixed there is one for each record.
+Run = tuple[int, int, int, int]
+
+
+class Records(NamedTuple):
+    """Bytes copied once from the buffer, and where in them the records lie.
+
+    `prefix` bytes stand before each sample in its record.  `discarded` records were the program's
+    own to withdraw, and are in no run.
+    """
+
+    data: bytes
+    prefix: int
+    runs: list[Run]
+    discarded: int = 0
+
+    def cut(self, start: int, stop: int) -> Records:
+        """The records from the one numbered `start` to before `stop`; the bytes are shared."""
+        runs: list[Run] = []
+        number = 0
+        for position, stride, size, count in self.runs:
+            first, last = max(start - number, 0), min(stop - number, count)
+            if first < last:
+                runs.append((position + first * stride, stride, size, last - first))
+            number += count
+        return self._replace(runs=runs, discarded=0)
+
+
+def wall_clock_offset() -> int:
+    """CLOCK_REALTIME - CLOCK_MONOTONIC now, in nanoseconds; it changes when the clock is set."""
+    before = time.monotonic_ns()
+    now = time.time_ns()
+    return now - (before + time.monotonic_ns()) // 2
+
+
+class EventBatch(Generic[E_co]):
+    """Events as they came out of the buffer together, decoded when they are asked for.
+
+    Iterating makes the events, each time anew; `to_json_lines()` does without them.  The batch owns
+    its bytes: it may be kept, and sent elsewhere, for as long as one likes.
+    """
+
+    __slots__ = ("event_type", "records", "wall_clock_offset")
+
+    def __init__(self, event_type: type[E_co], records: Records, wall_clock_offset: int = 0) -> None:
+        self.event_type = event_type
+        self.records = records
+        self.wall_clock_offset = wall_clock_offset
+
+    def __len__(self) -> int:
+        """How many events."""
+        return sum(run[3] for run in self.records.runs)
+
+    def __repr__(self) -> str:
+        return f"<EventBatch of {len(self)} {self.event_type.__name__}, {self.nbytes} bytes>"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, record headers included."""
+        return len(self.records.data)
+
+    def __iter__(self) -> Iterator[E_co]:
+        """The events, in order.  Raises DecodeError at a record that the type does not fit."""
+        for chunk in self.decode():
+            if isinstance(chunk, DecodeError):
+                raise chunk
+            yield from chunk
+
+    def decode(self) -> Iterator[list[E_co] | DecodeError]:
+        """The events in lists of some hundred; in place of a record that the type does not fit, the error."""
+        return codec(self.event_type).decode(self.records, self.wall_clock_offset)
+
+    def to_json_lines(self) -> bytes:
+        """Each event as a JSON object on a line of its own, fields in the order of the class.
+
+        Text is as in the events, and only printable characters stand for themselves; times are
+        RFC 3339, UTC.  Raises DecodeError.
+        """
+        return codec(self.event_type).encode(self.records, self.wall_clock_offset)
+
+    def __getitem__(self, part: slice) -> EventBatch[E_co]:
+        """Some of the events, next to each other, as a batch; the bytes are shared."""
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError("a batch can be cut into pieces, not thinned: use a slice without a step")
+        return EventBatch(self.event_type, self.records.cut(start, stop), self.wall_clock_offset)

@@ -1,0 +1,400 @@
+"""Decoders and encoders, generated for each event type.
+
+A loop over fields costs more than the fields, so each type gets two functions of its own, written
+as text and compiled once: records → events, and records → JSON lines without events in between.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import orjson
+
+from ebpfstream import text
+from ebpfstream.errors import DecodeError
+from ebpfstream.events import LENGTH_SUFFIX, Char, Computed, Integer, Layout, Tail, WallClock, layout
+
+if TYPE_CHECKING:
+    from ebpfstream.batch import Records
+
+# Events of one list: few enough to die before the garbage collector looks for them (its first
+# threshold is 700 in Python 3.11) and while they are in the cache.
+_CHUNK: Final = 128
+_LINES: Final = 64  # JSON lines that are formatted in one go
+_CACHED_STRINGS: Final = 4096
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FORMATS: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
+# Bytes that stand for themselves in a JSON string and on a terminal.
+_PLAIN: Final = bytes(byte for byte in range(0x20, 0x7F) if byte not in b'"\\')
+_PLAIN_OR_NUL: Final = _PLAIN + b"\0"
+
+
+class Codec(NamedTuple):
+    """The generated functions of one event type, and their text."""
+
+    decode: Callable[[Records, int], Iterator[Any]]
+    encode: Callable[[Records, int], bytes]
+    source: str
+
+
+def codec(event_type: type[Any]) -> Codec:
+    """The codec of an event type.  Raises EventTypeError."""
+    return _codecs[event_type]
+
+
+class _Codecs(dict[type[Any], Codec]):
+    def __missing__(self, event_type: type[Any]) -> Codec:
+        self[event_type] = made = _generate(event_type)
+        return made
+
+
+_codecs = _Codecs()
+
+
+def _generate(event_type: type[Any]) -> Codec:
+    plan = layout(event_type)
+    writer = _Writer(plan, calls=_must_be_called(event_type))
+    source = "\n".join([*writer.decoder(), *writer.encoder(), ""])
+    names: dict[str, Any] = {
+        "Event": event_type,
+        "SIZE": plan.size,
+        "CHUNK": _CHUNK,
+        "LINES": _LINES,
+        "new": object.__new__,
+        "unpack_from": struct.Struct("<" + _format(plan)).unpack_from,
+        "structs": _RecordStructs(plan),
+        "misfit": partial(_misfit, event_type),
+        "overrun": partial(_overrun, event_type),
+        "decode_text": text.decode,
+        "texts": _Texts(),
+        "json_texts": _JsonTexts(),
+        "json_text": _json_text,
+        "json_strings": _json_strings,
+        "json_value": _json_value,
+        "strings": _strings,
+        "moment": _moment,
+        "rfc3339": _rfc3339,
+        "true_false": (b"false", b"true"),
+    }
+    for name, kind in plan.kinds.items():
+        if isinstance(kind, Computed):
+            names[_function_of(name)] = kind.function
+    exec(compile(source, f"<codec of {event_type.__name__}>", "exec"), names)  # noqa: S102  # our own text
+    return Codec(names["decode"], names["encode"], source)
+
+
+def _must_be_called(event_type: type[Any]) -> bool:
+    """Whether making an event needs the class's own code: setting its fields one by one is faster."""
+    methods = ["__new__", "__setattr__"]  # frozen classes have a __setattr__
+    if not event_type.__dataclass_params__.init:
+        methods.append("__init__")
+    own = any(getattr(event_type, name) is not getattr(object, name) for name in methods)
+    return own or hasattr(event_type, "__post_init__")
+
+
+class _Writer:
+    """Writes the functions of one event type."""
+
+    def __init__(self, plan: Layout, *, calls: bool) -> None:
+        self._kinds = plan.kinds
+        self._types = plan.types
+        self._calls = calls
+        self._members = [member.name for member in plan.members]
+        self._names = ", ".join(self._members) + ","
+        self._tails = [name for name, kind in plan.kinds.items() if isinstance(kind, Tail)]
+
+    def decoder(self) -> list[str]:
+        """records, offset of the wall clock → lists of events."""
+        if not self._tails:
+            return [
+                "def decode(records, offset):",
+                "    data = memoryview(records.data)",
+                "    for position, stride, size, count in records.runs:",
+                "        if size != SIZE:",
+                "            for _ in range(count):",
+                "                yield misfit(size)",
+                "            continue",
+                "        iter_unpack = structs[records.prefix, stride, 1].iter_unpack",
+                "        end = position + stride * count",
+                "        for start in range(position, end, stride * CHUNK):",
+                "            part = data[start : min(start + stride * CHUNK, end)]",
+                "            chunk = []",
+                f"            for {self._names} in iter_unpack(part):",
+                *self._make_event("                "),
+                "            yield chunk",
+            ]
+        before_error = ["if chunk:", "    yield chunk", "    chunk = []"]
+        return [
+            "def decode(records, offset):",
+            "    data = records.data",
+            "    chunk = []",
+            *self._each_record("yield", before_error),
+            *(
+                f"            {name} = {'decode_text' if self._types[name] is str else 'strings'}({name})"
+                for name in self._tails
+                if self._types[name] is not bytes
+            ),
+            *self._make_event("            "),
+            "            if len(chunk) == CHUNK:",
+            "                yield chunk",
+            "                chunk = []",
+            "    if chunk:",
+            "        yield chunk",
+        ]
+
+    def encoder(self) -> list[str]:
+        """records, offset of the wall clock → JSON lines."""
+        line = ",".join(f'"{name}":%{self._conversion(name)}' for name in self._kinds)
+        form = f"b'{{{line}}}\\n'"
+        if not self._tails:
+            width, height = len(self._members), len(self._kinds)
+            return [
+                "def encode(records, offset):",
+                "    data = records.data",
+                "    lines = []",
+                "    for position, stride, size, count in records.runs:",
+                "        if size != SIZE:",
+                "            raise misfit(size)",
+                "        for first in range(0, count, LINES):",
+                "            number = min(LINES, count - first)",
+                "            unpack = structs[records.prefix, stride, number].unpack_from",
+                "            values = unpack(data, position + first * stride)",
+                *(
+                    f"            {name} = values[{index}::{width}]"
+                    for index, name in enumerate(self._members)
+                ),
+                f"            fields = [None] * (number * {height})",
+                *(
+                    f"            fields[{index}::{height}] = {self._json_column(name)}"
+                    for index, name in enumerate(self._kinds)
+                ),
+                f"            lines.append({form} * number % tuple(fields))",
+                "    return b''.join(lines)",
+            ]
+        values = ", ".join(self._json(name) for name in self._kinds)
+        return [
+            "def encode(records, offset):",
+            "    data = records.data",
+            "    lines = []",
+            *self._each_record("raise", []),
+            f"            lines.append({form} % ({values},))",
+            "    return b''.join(lines)",
+        ]
+
+    def _make_event(self, indent: str) -> list[str]:
+        values = {name: self._value(name) for name in self._kinds}
+        if self._calls:
+            arguments = ", ".join(f"{name}={value}" for name, value in values.items())
+            return [f"{indent}chunk.append(Event({arguments}))"]
+        return [
+            f"{indent}event = new(Event)",
+            *(f"{indent}event.{name} = {value}" for name, value in values.items()),
+            f"{indent}chunk.append(event)",
+        ]
+
+    def _each_record(self, verb: str, before_error: list[str]) -> list[str]:
+        """Unpacks each record's struct and cuts out its tails; what follows is inside of the loop."""
+        lengths = ", ".join(name + LENGTH_SUFFIX for name in self._tails)
+        before = [f"                {line}" for line in before_error]
+        cuts = [
+            f"            {name} = data[end : (end := end + {name}{LENGTH_SUFFIX})]" for name in self._tails
+        ]
+        return [
+            "    for position, stride, size, count in records.runs:",
+            "        first = position + records.prefix",
+            "        for start in range(first, first + stride * count, stride):",
+            "            if size < SIZE:",
+            *before,
+            f"                {verb} misfit(size)",
+            "                continue",
+            f"            {self._names} = unpack_from(data, start)",
+            "            end = start + SIZE",
+            *cuts,
+            "            if end > start + size:",
+            *before,
+            f"                {verb} overrun(size, {lengths})",
+            "                continue",
+        ]
+
+    def _value(self, name: str) -> str:
+        """The expression for an event's field; tails have been converted."""
+        match self._kinds[name]:
+            case Integer() if self._types[name] is bool:
+                return f"{name} != 0"
+            case Char() if self._types[name] is str:
+                return f"texts[{name}]"
+            case Computed(_, arguments):
+                return f"{_function_of(name)}({', '.join(map(self._value, arguments))})"
+            case WallClock(source):
+                return f"moment({source} + offset)"
+        return name
+
+    def _conversion(self, name: str) -> str:
+        plain = isinstance(self._kinds[name], Integer) and self._types[name] is not bool
+        return "d" if plain else "b"
+
+    def _json(self, name: str) -> str:
+        """The expression for a field's JSON; tails are bytes still."""
+        match self._kinds[name]:
+            case Integer() if self._types[name] is bool:
+                return f"true_false[{name} != 0]"
+            case Char() if self._types[name] is str:
+                return f"json_texts[{name}]"
+            case Tail() if self._types[name] not in (str, bytes):
+                return f"json_strings({name})"
+            case Char() | Tail():
+                return f"json_text({name})"
+            case Computed(_, arguments):
+                return f"json_value({_function_of(name)}({', '.join(map(self._unpacked, arguments))}))"
+            case WallClock(source):
+                return f"rfc3339({source} + offset)"
+        return name
+
+    def _unpacked(self, name: str) -> str:
+        if name in self._tails and self._types[name] is not bytes:
+            return f"{'decode_text' if self._types[name] is str else 'strings'}({name})"
+        return self._value(name)
+
+    def _json_column(self, name: str) -> str:
+        """The same for as many records as are formatted together."""
+        value = self._json(name)
+        match self._kinds[name]:
+            case Integer() if value == name:
+                return name
+            case Char() if value == f"json_texts[{name}]":
+                return f"map(json_texts.__getitem__, {name})"
+            case WallClock(source):
+                return f"[{value} for {source} in {source}]"
+            case Computed(_, arguments):
+                return f"[{value} for {', '.join(arguments)}, in zip({', '.join(arguments)})]"
+        return f"[{value} for {name} in {name}]"
+
+
+def _function_of(computed: str) -> str:
+    return f"compute_{computed}"
+
+
+def _format(plan: Layout) -> str:
+    """The struct as a format of the struct module, which after "<" aligns nothing by itself."""
+    parts = []
+    position = 0
+    for member in plan.members:
+        parts.append(f"{member.offset - position}x")
+        if isinstance(member.kind, Char):
+            parts.append(f"{member.kind.size}s")
+        else:
+            letter = _FORMATS[member.kind.size]
+            parts.append(letter.lower() if member.kind.signed else letter)
+        position = member.offset + member.kind.size
+    return "".join(parts) + f"{plan.size - position}x"
+
+
+class _RecordStructs(dict[tuple[int, int, int], struct.Struct]):
+    """Structs of whole records in a row, by prefix, stride and number."""
+
+    def __init__(self, plan: Layout) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def __missing__(self, key: tuple[int, int, int]) -> struct.Struct:
+        prefix, stride, number = key
+        form = f"{prefix}x{_format(self._plan)}{stride - prefix - self._plan.size}x"
+        self[key] = made = struct.Struct("<" + form * number)
+        return made
+
+
+class _Texts(dict[bytes, str]):
+    """Text of char arrays that come again and again, by their bytes up to their whole length."""
+
+    def __missing__(self, data: bytes) -> str:
+        if len(self) >= _CACHED_STRINGS:
+            self.clear()
+        self[data] = made = text.decode(data.partition(b"\0")[0])
+        return made
+
+
+class _JsonTexts(dict[bytes, bytes]):
+    """The same as JSON."""
+
+    def __missing__(self, data: bytes) -> bytes:
+        if len(self) >= _CACHED_STRINGS:
+            self.clear()
+        self[data] = made = _json_text(data.partition(b"\0")[0])
+        return made
+
+
+def _json_text(data: bytes) -> bytes:
+    if data.translate(None, _PLAIN):
+        return text.json_string(text.decode(data)).encode()
+    return b'"%b"' % data
+
+
+def _strings(data: bytes) -> tuple[str, ...]:
+    """Strings with a NUL after each; the last may have been cut before its own."""
+    return tuple(text.decode(data.removesuffix(b"\0")).split("\0")) if data else ()
+
+
+def _json_strings(data: bytes) -> bytes:
+    if not data:
+        return b"[]"
+    if data.translate(None, _PLAIN_OR_NUL):
+        return ("[" + ",".join(map(text.json_string, _strings(data))) + "]").encode()
+    return b'["%b"]' % data.removesuffix(b"\0").replace(b"\0", b'","')
+
+
+def _json_value(value: Any) -> bytes:
+    return text.json_string(value).encode() if isinstance(value, str) else orjson.dumps(value)
+
+
+def _moment(nanoseconds: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=nanoseconds // 1000)
+
+
+class _Seconds(dict[int, bytes]):
+    """The text of a time up to its seconds."""
+
+    def __missing__(self, second: int) -> bytes:
+        if len(self) >= _CACHED_STRINGS:
+            self.clear()
+        self[second] = made = f"{_EPOCH + timedelta(seconds=second):%Y-%m-%dT%H:%M:%S}".encode()
+        return made
+
+
+_seconds = _Seconds()
+
+
+def _rfc3339(nanoseconds: int) -> bytes:
+    second, rest = divmod(nanoseconds, 1_000_000_000)
+    return b'"%b.%06dZ"' % (_seconds[second], rest // 1000)
+
+
+def _misfit(event_type: type[Any], size: int) -> DecodeError:
+    plan = layout(event_type)
+    for member in plan.members:
+        if member.offset + member.kind.size > size:
+            return DecodeError(
+                f"a record of {size} bytes ends before {event_type.__name__}.{member.name} "
+                f"({member.kind} at offset {member.offset}): the class and the program's struct differ"
+            )
+    last = plan.members[-1]
+    return DecodeError(
+        f"a record of {size} bytes is longer than {event_type.__name__} ({plan.size} bytes, the last field "
+        f"{last.name} at offset {last.offset}): the class and the program's struct differ"
+    )
+
+
+def _overrun(event_type: type[Any], size: int, *lengths: int) -> DecodeError:
+    plan = layout(event_type)
+    tails = [name for name, kind in plan.kinds.items() if isinstance(kind, Tail)]
+    ends = list(accumulate(lengths, initial=plan.size))
+    wrong = next(index for index, end in enumerate(ends[1:]) if end > size)
+    return DecodeError(
+        f"{event_type.__name__}.{tails[wrong]} ({lengths[wrong]} bytes at offset {ends[wrong]}) "
+        f"goes beyond its record of {size} bytes"
+    )

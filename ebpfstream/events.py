@@ -1,0 +1,185 @@
+"""Event types: one dataclass is the definition of the C struct, the decoder and the JSON form.
+
+    @dataclass
+    class Hello(Event):
+        pid: U32
+        uid: U32
+        comm: Comm
+        message: Annotated[str, Char(12)]
+
+To type checkers the fields are int and str; at run time each carries its C type.  `c_struct` writes
+the struct for the program's text, `codec` generates the code that reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Annotated, Any, Final, NamedTuple, TypeVar, get_args, get_type_hints
+
+from ebpfstream.errors import EventTypeError
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A C integer of `size` bytes (1, 2, 4 or 8), little-endian like every machine we run on."""
+
+    size: int
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Char:
+    """A C array `char[size]`: as str what stands before the first NUL, as bytes all of it."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Bytes that follow the struct, as many as this record has: bytes, str, or a tuple of NUL-ended strings.
+
+    The struct holds their number in a generated member, `<field>_length`.  Tails follow one another
+    in the order of their fields.
+    """
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Not in the record: what `function` makes of the values of the fields named."""
+
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WallClock:
+    """Not in the record: the UTC time (to the microsecond) of a field that is CLOCK_MONOTONIC's nanoseconds.
+
+    It is that field and the two clocks' difference, read when the batch was received.
+    """
+
+    source: str
+
+
+U8 = Annotated[int, Integer(1)]
+U16 = Annotated[int, Integer(2)]
+U32 = Annotated[int, Integer(4)]
+U64 = Annotated[int, Integer(8)]
+I8 = Annotated[int, Integer(1, signed=True)]
+I16 = Annotated[int, Integer(2, signed=True)]
+I32 = Annotated[int, Integer(4, signed=True)]
+I64 = Annotated[int, Integer(8, signed=True)]
+Flag = Annotated[bool, Integer(1)]
+Comm = Annotated[str, Char(16)]  # TASK_COMM_LEN, include/linux/sched.h
+
+Kind = Integer | Char | Tail | Computed | WallClock
+
+
+class Event:
+    """Base class of event types: subclass it with @dataclass and annotated fields.
+
+    Its text is the kernel's bytes as `text.decode` shows them.
+    """
+
+
+E = TypeVar("E", bound=Event)
+E_co = TypeVar("E_co", bound=Event, covariant=True)
+
+LENGTH_SUFFIX: Final = "_length"
+
+
+class Member(NamedTuple):
+    """One member of the C struct."""
+
+    name: str
+    kind: Integer | Char
+    offset: int
+
+
+class Layout(NamedTuple):
+    """How an event type lies in a record: the struct's members, its size, then the tails."""
+
+    kinds: dict[str, Kind]
+    types: dict[str, Any]
+    members: list[Member]
+    size: int
+
+
+def layout(event_type: type[Event]) -> Layout:
+    """The C layout of an event type, with natural alignment as every C compiler here has it.
+
+    Raises EventTypeError for a class that is no dataclass or has a field without a C type.
+    """
+    name = event_type.__name__
+    if "__dataclass_fields__" not in vars(event_type):
+        raise EventTypeError(f"{name} is not a dataclass: write @dataclass above the class")
+    hints = get_type_hints(event_type, include_extras=True)
+    kinds: dict[str, Kind] = {}
+    types: dict[str, Any] = {}
+    for field in fields(event_type):  # type: ignore[arg-type]  # checked above
+        types[field.name], *extras = get_args(hints[field.name]) or (hints[field.name],)
+        found = [extra for extra in extras if isinstance(extra, Kind)]
+        if len(found) != 1:
+            raise EventTypeError(
+                f"{name}.{field.name} has no C type: annotate it with U32, Comm, Annotated[str, Char(12)], …"
+            )
+        kinds[field.name] = found[0]
+    _check(name, kinds, types)
+    members: list[Member] = []
+    offset, alignment = 0, 1
+    for member, kind in _members(kinds):
+        step = kind.size if isinstance(kind, Integer) else 1
+        offset = (offset + step - 1) // step * step
+        members.append(Member(member, kind, offset))
+        offset += kind.size
+        alignment = max(alignment, step)
+    if not members:
+        raise EventTypeError(f"{name} has no fields that lie in a record")
+    size = (offset + alignment - 1) // alignment * alignment
+    return Layout(kinds, types, members, size)
+
+
+def _members(kinds: dict[str, Kind]) -> Iterator[tuple[str, Integer | Char]]:
+    for name, kind in kinds.items():
+        if isinstance(kind, Integer | Char):
+            yield name, kind
+    for name, kind in kinds.items():
+        if isinstance(kind, Tail):
+            yield name + LENGTH_SUFFIX, Integer(4)
+
+
+def _check(name: str, kinds: dict[str, Kind], types: dict[str, Any]) -> None:
+    allowed: dict[type, tuple[Any, ...]] = {
+        Integer: (int, bool),
+        Char: (str, bytes),
+        Tail: (str, bytes, tuple[str, ...]),
+        WallClock: (datetime,),
+    }
+    for field, kind in kinds.items():
+        if type(kind) in allowed and types[field] not in allowed[type(kind)]:
+            names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed[type(kind)])
+            raise EventTypeError(f"{name}.{field}: {kind} is for {names}, not for {types[field]}")
+        if isinstance(kind, Integer | Char) and kind.size not in (
+            (1, 2, 4, 8) if isinstance(kind, Integer) else range(1, 1 << 16)
+        ):
+            raise EventTypeError(f"{name}.{field}: there is no {kind}")
+        sources = kind.arguments if isinstance(kind, Computed) else ()
+        sources += (kind.source,) if isinstance(kind, WallClock) else ()
+        for source in sources:
+            if isinstance(kinds.get(source), Computed | WallClock | None):
+                raise EventTypeError(f"{name}.{field} is made of {source!r}, which is no field of the record")
+
+
+def c_struct(event_type: type[Event]) -> str:
+    """The event type as a C struct, named after the class: ExecEvent is `struct exec_event`."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", event_type.__name__).lower()
+    lines = [f"struct {name} {{"]
+    for member in layout(event_type).members:
+        if isinstance(member.kind, Char):
+            lines.append(f"\tchar {member.name}[{member.kind.size}];")
+        else:
+            lines.append(f"\t{'s' if member.kind.signed else 'u'}{member.kind.size * 8} {member.name};")
+    return "\n".join([*lines, "};\n"])

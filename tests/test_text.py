@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ebpfstream import text
+
+# Pieces that make trouble, beside arbitrary bytes.
+_pieces = st.sampled_from(
+    [
+        b"\\",
+        b"x",
+        b"5c",
+        b"ff",
+        b"u0041",
+        b"'",
+        b'"',
+        b"$",
+        b" ",
+        b"-",
+        b"\n",
+        b"\x01",
+        b"\x1b",
+        b"\x7f",
+        b"\xff",
+        b"\xc3\xa9",
+        b"\xe2\x82",
+        b"\xc2\x9b",
+        b"\xe2\x80\xae",
+        b"\xf0\x9f\x98\x80",
+        b"\xf3\xa0\x80\x81",
+    ]
+)
+_bytes = st.one_of(st.binary(max_size=30), st.lists(_pieces, max_size=12).map(b"".join))
+
+
+@given(_bytes)
+@example(rb"\xff")
+@example(b"\\\xff")
+@example(rb"\x5cxff")
+@example(b"\\xf\xab")
+def test_every_byte_survives(data: bytes) -> None:
+    assert text.encode(text.decode(data)) == data
+
+
+@given(_bytes)
+def test_json_is_printable_and_can_be_mapped_back(data: bytes) -> None:
+    quoted = text.json_string(text.decode(data))
+    assert quoted.isprintable()
+    assert text.encode(json.loads(quoted)) == data
+
+
+def test_what_the_escapes_look_like() -> None:
+    assert text.decode(b"caf\xc3\xa9 \\n") == "café \\n"
+    assert text.decode(b"\xff\\xzz") == "\\xff\\xzz"
+    assert text.decode(rb"printf \x41") == r"printf \x5cx41"
+    assert text.json_string("é\x1b[31m\x7f\u202e\U000e0001") == r'"é\u001b[31m\u007f\u202e\udb40\udc01"'
+
+
+def test_plain_words_are_not_quoted() -> None:
+    assert text.command_line(["ls", "-l", "/tmp/a_b", "K=v"]) == "ls -l /tmp/a_b K=v"
+    assert text.command_line(["", "a b", "it's"]) == "'' 'a b' 'it'\"'\"'s'"
+    assert (
+        text.command_line(["a\nb", "\\xff", "\\xff'\\", "\u202e"]) == r"$'a\nb' $'\xff' $'\xff\'\\' $'\u202e'"
+    )
+
+
+@pytest.mark.parametrize("size", [2000])
+def test_bash_reads_the_same_bytes_back(size: int) -> None:
+    found: list[bytes] = []
+
+    @given(st.lists(_bytes.map(lambda data: data.replace(b"\0", b"")), max_size=20))
+    def collect(words: list[bytes]) -> None:
+        found.extend(words)
+
+    collect()
+    words = found[:size]
+    line = text.command_line(map(text.decode, words))
+    assert line.isprintable()
+    shown = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+        check=True,
+    )
+    assert shown.stdout.split(b"\0")[:-1] == words
+
+
+def test_terminals_get_no_controls() -> None:
+    assert text.printable("a\x1b[2J\x9b\tb é") == r"a\u001b[2J\u009b\u0009b é"

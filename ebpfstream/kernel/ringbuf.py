@@ -1,0 +1,154 @@
+"""The BPF ring buffer, read through its own memory.  Linux ≥ 5.8.
+
+Layout (kernel/bpf/ringbuf.c, `struct bpf_ringbuf` and `struct bpf_ringbuf_hdr`): the map's
+descriptor maps one page with the consumer's position, one with the producer's, then the data twice
+in a row, so that no record wraps.  A record is a header of two u32 (length with two flag bits, page
+offset), the sample, and padding to 8 bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Final
+
+from ebpfstream.batch import Records, Run
+from ebpfstream.errors import ArgumentError
+from ebpfstream.kernel.bpf import Map, MapType
+from ebpfstream.kernel.ordering import barrier
+
+HEADER_SIZE: Final = 8
+_BUSY: Final = 1 << 31  # BPF_RINGBUF_BUSY_BIT: reserved, not yet submitted
+_DISCARD: Final = 1 << 30  # BPF_RINGBUF_DISCARD_BIT: the program changed its mind
+_FLAGS: Final = _BUSY | _DISCARD
+
+_SIZE_MAX: Final = 1 << 31  # max_entries is a u32, and a power of two
+
+
+def buffer_bytes(requested: int) -> int:
+    """The size that the kernel can give for a request: a power of two of whole pages, not above it.
+
+    Raises ArgumentError for what is below one page or above 2 GiB.
+    """
+    page = mmap.PAGESIZE
+    if not page <= requested <= _SIZE_MAX:
+        raise ArgumentError(f"buffer_size={requested} is impossible: give {page} to {_SIZE_MAX} bytes")
+    return 1 << (requested.bit_length() - 1)
+
+
+class RingBuffer:
+    """Reads one ring buffer; nothing else in the process may read the same one.
+
+    `drain()` never blocks; to wait for records, wait until `fileno()` is readable.
+    """
+
+    def __init__(self, ring: Map) -> None:
+        self._map = ring
+        self._size = size = ring.max_entries
+        self._barrier = barrier()
+        self._consumer_page = mmap.mmap(
+            ring.fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
+        )
+        self._producer_pages = mmap.mmap(
+            ring.fd, mmap.PAGESIZE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=mmap.PAGESIZE
+        )
+        self._consumer = memoryview(self._consumer_page)[:8].cast("Q")
+        self._producer = memoryview(self._producer_pages)[:8].cast("Q")
+        self._data = memoryview(self._producer_pages)[mmap.PAGESIZE :]
+        self._headers = self._data.cast("I")
+
+    @classmethod
+    def create(cls, size: int) -> RingBuffer:
+        """A new ring buffer of `buffer_bytes(size)` bytes.
+
+        Raises PrivilegeError, UnsupportedError (Linux < 5.8), LoadError (no memory).
+        """
+        return cls(Map.create("events", MapType.RINGBUF, max_entries=buffer_bytes(size)))
+
+    @property
+    def map(self) -> Map:
+        """The map to which programs submit."""
+        return self._map
+
+    @property
+    def size(self) -> int:
+        """Bytes that the buffer holds, headers and padding included."""
+        return self._size
+
+    def fileno(self) -> int:
+        """Readable while anything is in the buffer, be it unfinished."""
+        return self._map.fd
+
+    def pending(self) -> int:
+        """Bytes in the buffer now, unfinished records included."""
+        return self._producer[0] - self._consumer[0]
+
+    def drain(self, limit: int) -> Records | None:
+        """Take what is finished, oldest first, up to the record that passes `limit` bytes.
+
+        None when the buffer is empty or its oldest record is unfinished.
+        """
+        consumer = self._consumer[0]
+        available = self._producer[0] - consumer
+        if not available:
+            return None
+        # Headers are looked at in place and the bytes copied afterwards: a copy of everything may
+        # load a record's end before its header, and then take an unfinished record for a whole one.
+        self._barrier()
+        start = consumer & (self._size - 1)
+        end, runs, discarded = self._scan(start, start + min(available, limit))
+        self._barrier()
+        taken = end - start
+        if not taken:
+            return None
+        records = Records(bytes(self._data[start:end]), HEADER_SIZE, runs, discarded)
+        self._barrier()
+        self._consumer[0] = consumer + taken
+        return records
+
+    def _scan(self, start: int, end: int) -> tuple[int, list[Run], int]:
+        """From `start`, the finished records that begin before `end`.
+
+        Where they end, as runs of equal length (positions from `start`), and how many were discarded.
+        """
+        headers = self._headers
+        runs: list[Run] = []
+        discarded = 0
+        position = start
+        while position < end:
+            header = headers[position >> 2]
+            if header & _FLAGS:
+                if header & _BUSY:
+                    break
+                discarded += 1
+                position += HEADER_SIZE + (header - _DISCARD) + 7 & ~7
+                continue
+            stride = HEADER_SIZE + header + 7 & ~7
+            count = 1
+            step = stride >> 2
+            # Streams of one type mostly have one length.  As long as headers at this stride are all
+            # the same, ever longer stretches of them are compared at once; what lies past the first
+            # other one is no header, and is not used.
+            if position + stride < end and headers[(position + stride) >> 2] == header:
+                window = 64
+                while True:
+                    first = (position + count * stride) >> 2
+                    stretch = headers[first : min(first + window * step, end >> 2) : step].tolist()
+                    same = stretch.count(header)
+                    if same != len(stretch):
+                        count += next(index for index, other in enumerate(stretch) if other != header)
+                        break
+                    count += same
+                    if not same:
+                        break
+                    window *= 2
+            runs.append((position - start, stride, header, count))
+            position += count * stride
+        return position, runs, discarded
+
+    def close(self) -> None:
+        """Unmap and give up the map.  Closing again does nothing."""
+        for view in (self._consumer, self._producer, self._headers, self._data):
+            view.release()
+        self._consumer_page.close()
+        self._producer_pages.close()
+        self._map.close()

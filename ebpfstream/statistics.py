@@ -1,0 +1,62 @@
+"""The ledger: what became of every event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A stream's ledger at one moment.  All counts are events, since the stream was opened.
+
+    While the stream runs the figures are read one after the other and may be apart by what happened
+    in between.  Once it is closed they balance exactly:
+
+        tried == submitted + lost
+        submitted == received
+        received == delivered + undecodable + unread
+    """
+
+    tried: int = 0
+    """Events that the program saw; each has a sequence number.  Counted in the kernel."""
+    submitted: int = 0
+    """Events put into the buffer.  Counted in the kernel."""
+    lost: int = 0
+    """Events for which the buffer had no room.  Counted in the kernel."""
+    misses: int | None = 0
+    """Runs of the program that the kernel skipped, before it could count them; None where the
+    kernel does not tell (before Linux 5.12)."""
+
+    received: int = 0
+    """Events taken out of the buffer."""
+    delivered: int = 0
+    """Events handed to the consumer."""
+    undecodable: int = 0
+    """Events that did not fit their type; each was raised as a DecodeError."""
+    unread: int = 0
+    """Events that nobody had asked for when the stream was closed."""
+
+    bytes: int = 0
+    """What was taken out of the buffer, headers and padding included."""
+    batches: int = 0
+    """How many batches that was."""
+    wakeups: int = 0
+    """How often the stream slept until the kernel woke it."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every event that happened has been received: nothing lost, nothing skipped."""
+        return not self.lost and not self.misses
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.delivered} delivered; {self.tried} tried = {self.submitted} submitted + {self.lost} lost"
+        )
+        for count, name in (
+            (self.undecodable, "undecodable"),
+            (self.unread, "unread"),
+            (self.misses, "missed by the kernel"),
+        ):
+            if count:
+                line += f", {count} {name}"
+        return line

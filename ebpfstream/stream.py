@@ -1,0 +1,320 @@
+"""Event streams: wait for the kernel, drain, decode, account; iterated with `async for`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import length_hint
+from types import TracebackType
+from typing import Final, Generic, Protocol, Self
+
+import anyio
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint
+from anyio.to_thread import run_sync
+
+from ebpfstream.batch import EventBatch, Records, wall_clock_offset
+from ebpfstream.errors import ArgumentError, DecodeError, StreamBusyError, StreamClosedError
+from ebpfstream.events import E_co
+from ebpfstream.kernel.bpf import wait_for_running_programs
+from ebpfstream.loader import Counters
+from ebpfstream.statistics import Statistics
+
+LATENCY: Final = 0.001
+"""Seconds that events may gather after a wakeup, unless told otherwise."""
+
+_BATCH_BYTES: Final = 1 << 18
+# A record at the head that stays unfinished makes the descriptor readable for as long.
+_UNFINISHED_PAUSE: Final = 0.0005
+
+
+class Buffer(Protocol):
+    """A kernel buffer as a stream reads it."""
+
+    def fileno(self) -> int:
+        """Readable while anything is in the buffer."""
+
+    def pending(self) -> int:
+        """Bytes in the buffer now."""
+
+    def drain(self, limit: int) -> Records | None:
+        """Take what is finished, about `limit` bytes at most; None if nothing is."""
+
+
+class Source(Protocol):
+    """What a stream reads from: programs that submit to one buffer."""
+
+    async def open(self) -> Buffer:
+        """Attach; whatever is submitted after the return is in the buffer."""
+
+    def detach(self) -> None:
+        """Let no further run of the programs begin."""
+
+    def counters(self) -> Counters:
+        """What the programs counted."""
+
+    def close(self) -> None:
+        """Give everything back to the kernel."""
+
+
+class EventStream(Generic[E_co]):
+    """Events from the kernel, as an asynchronous iterator.
+
+        async with trace_execve() as events:
+            async for event in events:
+                ...
+
+    Entering the block attaches to the kernel; leaving it detaches, and what has been counted stays
+    in `statistics()`.  Without the block the first iteration attaches, and dropping the last
+    reference detaches: at once, but without the final count.
+
+    One task at a time may iterate.  A stream that is left by `break` goes on where it was when it is
+    iterated again.  Nothing is read ahead beyond one batch: while nobody asks, events wait in the
+    kernel's buffer, and when that is full they are lost, and counted.
+
+    Works on asyncio (uvloop too) and trio.
+    """
+
+    def __init__(self, source: Source, event_type: type[E_co], *, latency: float = LATENCY) -> None:
+        if not latency >= 0:
+            raise ArgumentError(f"latency={latency!r} is impossible: give seconds, 0 or more")
+        self._source = source
+        self._event_type = event_type
+        self._latency = latency
+        self._buffer: Buffer | None = None
+        self._behind = False  # the last drain stopped at its limit
+        self._detached = False
+        self._quiet = False  # and no program is running any more
+        self._closed = False
+        self._turn = anyio.Lock()  # held by whoever waits for the next batch
+        self._waiting: CancelScope | None = None
+        # Of the batch in hand: the events being iterated, and the lists that follow them.
+        self._batch: EventBatch[E_co] | None = None
+        self._chunk: Iterator[E_co] = iter(())
+        self._chunks: Iterator[list[E_co] | DecodeError] = iter(())
+        self._received = 0
+        self._handed = 0  # events of all lists that were begun
+        self._undecodable = 0
+        self._bytes = self._batches = self._wakeups = 0
+        self._final: Counters | None = None
+
+    async def __aenter__(self) -> Self:
+        with self._turn_taken():
+            await self._opened()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> E_co:
+        """The next event.
+
+        Raises DecodeError for a record that the type does not fit (the next call goes on after it),
+        StreamClosedError, StreamBusyError; at the first call all that opening may raise.
+        """
+        for event in self._chunk:
+            return event
+        return await self._first_of_next_chunk()
+
+    async def _first_of_next_chunk(self) -> E_co:
+        while True:
+            for chunk in self._chunks:
+                if isinstance(chunk, DecodeError):
+                    self._undecodable += 1
+                    raise chunk
+                self._handed += len(chunk)
+                self._chunk = iter(chunk)
+                return next(self._chunk)
+            batch = await self._next_batch()
+            if batch is None:
+                raise StopAsyncIteration
+            self._batch = batch
+            self._chunks = batch.decode()
+
+    def batches(self) -> Batches[E_co]:
+        """The same stream a batch at a time: cheaper by far, above all with `to_json_lines()`.
+
+        Goes on where the iteration of events stopped, and the other way round.
+        """
+        return Batches(self)
+
+    async def next_batch(self) -> EventBatch[E_co] | None:
+        """What `batches()` yields, or None at the end."""
+        batch = self._rest_in_hand() or await self._next_batch()
+        if batch is not None:
+            self._handed += len(batch)
+        return batch
+
+    def _rest_in_hand(self) -> EventBatch[E_co] | None:
+        rest = self._received - self._delivered - self._undecodable
+        if self._batch is None or not rest:
+            return None
+        batch = self._batch[len(self._batch) - rest :]
+        self._handed -= length_hint(self._chunk)
+        self._chunk, self._chunks, self._batch = iter(()), iter(()), None
+        return batch
+
+    @property
+    def _delivered(self) -> int:
+        return self._handed - length_hint(self._chunk)
+
+    async def _next_batch(self) -> EventBatch[E_co] | None:
+        """The next events from the kernel; None when there will be none."""
+        with self._turn_taken():
+            while True:
+                # detach() and aclose() cancel the scope, to be noticed at once.
+                with CancelScope() as self._waiting:
+                    if self._detached and self._buffer is None:
+                        return None
+                    buffer = await self._opened()
+                    if not await self._gathered(buffer):
+                        return None
+                    records = buffer.drain(_BATCH_BYTES)
+                    if records is None:
+                        if buffer.pending():
+                            await anyio.sleep(_UNFINISHED_PAUSE)
+                        continue
+                    batch = EventBatch(self._event_type, records, wall_clock_offset())
+                    self._account(batch)
+                    if batch:
+                        return batch
+                self._check_open()
+
+    async def _gathered(self, buffer: Buffer) -> bool:
+        """Wait for events, and a little longer for more of them; False when none can come."""
+        if self._behind:
+            await checkpoint()
+            return True
+        if not buffer.pending():
+            if self._quiet:
+                return False
+            if self._detached:
+                await run_sync(wait_for_running_programs)
+                self._quiet = True
+                return True
+            self._wakeups += 1
+            await anyio.wait_readable(buffer.fileno())
+        await anyio.sleep(self._latency)
+        return True
+
+    def _account(self, batch: EventBatch[E_co]) -> None:
+        self._received += len(batch)
+        self._bytes += batch.nbytes
+        self._batches += 1
+        self._behind = batch.nbytes >= _BATCH_BYTES
+
+    async def _opened(self) -> Buffer:
+        if self._buffer is None:
+            self._buffer = await self._source.open()
+            if self._detached:  # meanwhile
+                self._source.detach()
+        return self._buffer
+
+    @contextmanager
+    def _turn_taken(self) -> Iterator[None]:
+        self._check_open()
+        try:
+            self._turn.acquire_nowait()
+        except anyio.WouldBlock:
+            raise StreamBusyError(
+                "another task is waiting for this stream's next event: "
+                "iterate it in one task, and hand events on from there"
+            ) from None
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamClosedError(
+                "this stream is closed: call the function that made it again for a new one"
+            )
+
+    def statistics(self) -> Statistics:
+        """The ledger so far; after closing, the final one."""
+        counters = self._final or self._source.counters()
+        return Statistics(
+            tried=counters.tried,
+            submitted=counters.submitted,
+            lost=counters.lost,
+            misses=counters.misses,
+            received=self._received,
+            delivered=self._delivered,
+            undecodable=self._undecodable,
+            unread=self._received - self._delivered - self._undecodable,
+            bytes=self._bytes,
+            batches=self._batches,
+            wakeups=self._wakeups,
+        )
+
+    def detach(self) -> None:
+        """Take the programs off their hooks: nothing new happens to this stream from now on.
+
+        What has been submitted still comes; then the iteration ends.  Detaching again does nothing.
+        """
+        if not self._detached:
+            self._detached = True
+            self._source.detach()
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def aclose(self) -> None:
+        """Detach, count what is left in the buffer as unread, read the final counters, and free everything.
+
+        A task that waits for the next event gets StreamClosedError.  Raises that itself when the
+        stream was closed before; leaving the `async with` block never does.
+        """
+        self._check_open()
+        await self._close()
+
+    async def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.detach()
+        self._interrupt()
+        with CancelScope(shield=True):
+            async with self._turn:
+                if self._buffer is not None:
+                    await run_sync(wait_for_running_programs)
+                    while records := self._buffer.drain(_BATCH_BYTES):
+                        self._account(EventBatch(self._event_type, records))
+                        await checkpoint()
+                self._release()
+
+    def _release(self) -> None:
+        self._final = self._source.counters()
+        self._source.close()
+        self._buffer = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_buffer", None) is not None:
+            self._release()
+
+
+class Batches(Generic[E_co]):
+    """A stream's events a batch at a time, as an asynchronous iterator of EventBatch."""
+
+    def __init__(self, stream: EventStream[E_co]) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> EventBatch[E_co]:
+        batch = await self._stream.next_batch()
+        if batch is None:
+            raise StopAsyncIteration
+        return batch

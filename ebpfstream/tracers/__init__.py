@@ -1,0 +1,1 @@
+"""Ready-made streams, a file each, beside their programs in bpf/."""

@@ -1,0 +1,43 @@
+"""BPF objects as the kernel knows them, by id: whether something is attached, or left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from ebpfstream.kernel import bpf
+
+# enum bpf_cmd, include/uapi/linux/bpf.h
+_GET_FD_BY_ID: Final = {"prog": 13, "map": 14, "link": 30}
+
+
+def held(kind: str, pid: int | str = "self") -> set[int]:
+    """The ids of the objects (prog, map, link) to which a process has descriptors."""
+    ids = set()
+    for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+        try:
+            lines = entry.read_text().splitlines()
+        except FileNotFoundError:
+            continue
+        # A link's descriptor tells its program's id as well.
+        if kind == "prog" and any(line.startswith("link_id:") for line in lines):
+            continue
+        ids |= {int(line.split()[1]) for line in lines if line.startswith(f"{kind}_id:")}
+    return ids
+
+
+def existing(kind: str, ids: set[int]) -> set[int]:
+    """Those that the kernel still has."""
+    return {number for number in ids if _exists(kind, number)}
+
+
+def _exists(kind: str, number: int) -> bool:
+    fd = bpf._bpf(_GET_FD_BY_ID[kind], struct.pack("<III", number, 0, 0))
+    if fd < 0:
+        assert ctypes.get_errno() == 2, os.strerror(ctypes.get_errno())
+        return False
+    os.close(fd)
+    return True

@@ -1,0 +1,5 @@
+"""python -m ebpfstream."""
+
+from ebpfstream.cli import main
+
+main(prog_name="ebpfstream")

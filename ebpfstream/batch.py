@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Generic, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
+from ebpfstream import columns
 from ebpfstream.codec import codec
 from ebpfstream.errors import DecodeError
 from ebpfstream.events import E_co
+
+if TYPE_CHECKING:
+    import numpy
 
 # Records of equal length, one after the other: where the first begins, bytes from one to the next,
 # bytes of each sample, how many.  A plain tuple: where lengths are mixed there is one for each record.
@@ -90,6 +94,16 @@ class EventBatch(Generic[E_co]):
         RFC 3339, UTC.  Raises DecodeError.
         """
         return codec(self.event_type).encode(self.records, self.wall_clock_offset)
+
+    def to_numpy(self) -> numpy.ndarray[Any, Any]:
+        """The events as a structured array of one dimension, for types without tails.
+
+        Integers and flags are of their own width, char arrays raw bytes, computed fields left out.
+        The array is a read-only view of the batch's bytes; only where records were withdrawn
+        between the events is it a copy.  Needs the extra `numpy`.  Raises EventTypeError for types
+        with tails, DecodeError.
+        """
+        return columns.to_numpy(self.event_type, self.records)
 
     def __getitem__(self, part: slice) -> EventBatch[E_co]:
         """Some of the events, next to each other, as a batch; the bytes are shared."""

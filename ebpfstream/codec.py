@@ -69,7 +69,7 @@ def _generate(event_type: type[Any]) -> Codec:
         "new": object.__new__,
         "unpack_from": struct.Struct("<" + _format(plan)).unpack_from,
         "structs": _RecordStructs(plan),
-        "misfit": partial(_misfit, event_type),
+        "misfit": partial(misfit, event_type),
         "overrun": partial(_overrun, event_type),
         "decode_text": text.decode,
         "texts": _Texts(),
@@ -374,7 +374,8 @@ def _rfc3339(nanoseconds: int) -> bytes:
     return b'"%b.%06dZ"' % (_seconds[second], rest // 1000)
 
 
-def _misfit(event_type: type[Any], size: int) -> DecodeError:
+def misfit(event_type: type[Any], size: int) -> DecodeError:
+    """The error for a sample of `size` bytes that the type does not fit."""
     plan = layout(event_type)
     for member in plan.members:
         if member.offset + member.kind.size > size:

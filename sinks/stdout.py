@@ -64,6 +64,7 @@ class StdoutSink(Sink):
             await anyio.sleep_forever()
 
     async def aclose(self) -> None:
+        """Close what was opened; the standard output itself stays open."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -255,3 +255,28 @@ def test_integers_of_every_width() -> None:
 
     sample = struct.pack("<BxhxxxxQ", 255, -2, 2**64 - 3)
     assert list(batch_of(Widths, [sample])) == [Widths(255, -2, -3)]
+
+
+def test_columns() -> None:
+    samples = [hello(n, b"sh\0junk") for n in range(3)]
+    batch = batch_of(Hello, samples)
+    columns = batch.to_numpy()
+    assert columns["pid"].tolist() == [0, 1, 2]
+    assert columns["comm"][0].tobytes() == b"sh\0junk".ljust(16, b"\0")
+    assert not columns.flags.owndata, "nothing is copied"
+    assert batch[1:].to_numpy()["pid"].tolist() == [1, 2]
+    parts = batch.records._replace(runs=[*batch[:1].records.runs, *batch[2:].records.runs])
+    assert EventBatch(Hello, parts).to_numpy()["pid"].tolist() == [0, 2]
+    assert batch[:0].to_numpy()["pid"].tolist() == []
+
+    @dataclass
+    class Flags(Event):
+        on: Flag
+        signed: I16
+
+    flags = batch_of(Flags, [struct.pack("<Bxh", 1, -3)]).to_numpy()
+    assert flags.tolist() == [(True, -3)]
+    with pytest.raises(EventTypeError, match=r"Mixed\.word has no fixed length"):
+        batch_of(Mixed, [mixed(b"", b"", b"")]).to_numpy()
+    with pytest.raises(DecodeError):
+        batch_of(Hello, [samples[0][:-4]]).to_numpy()

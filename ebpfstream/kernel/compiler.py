@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -54,7 +55,15 @@ async def compile(text: str, cflags: Sequence[str] = ()) -> Module:  # noqa: A00
         request.seek(0)
         with theirs:
             child = subprocess.Popen(  # noqa: ASYNC220  # returns when it runs, a millisecond later
-                [sys.executable, "-I", "-S", "-c", _CHILD, str(theirs.fileno()), str(_PACKAGE_PARENT)],
+                [
+                    sys.executable or "python3",
+                    "-I",
+                    "-S",
+                    "-c",
+                    _CHILD,
+                    str(theirs.fileno()),
+                    str(_PACKAGE_PARENT),
+                ],
                 stdin=request,
                 stdout=log,
                 stderr=log,
@@ -66,11 +75,11 @@ async def compile(text: str, cflags: Sequence[str] = ()) -> Module:  # noqa: A00
         try:
             body = await _receive(ours, received)
         except BaseException:
-            for fd in received:
-                socket.close(fd)
             child.kill()
             with anyio.CancelScope(shield=True):
-                await _receive(ours, [])
+                await _receive(ours, received)
+            for fd in received:
+                os.close(fd)
             raise
         finally:
             child.wait()  # its end of the socket is closed last of all: this does not block

@@ -28,7 +28,7 @@ class ExecEvent(Event):
     pid: U32
     """The process (the kernel's tgid)."""
     uid: U32
-    """Its real user, after the program's set-user-id bit took effect."""
+    """Its real user."""
     comm: Comm
     """Its new name: the first 15 bytes of the program's."""
     message: Annotated[str, Computed(command_line, ("args",))]

@@ -53,20 +53,23 @@ def test_millions_of_mixed_records(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if machine == "fenced":
         fence = ordering.barrier("aarch64")
         monkeypatch.setattr(ringbuf, "barrier", lambda: fence)
-    calls = 1_500_000
+    calls = 0
     checker = Checker()
     with flood.producing() as producer:
         source = flood.source(tmp_path, "records", producer.pid, 1 << 20)
         buffer = anyio.run(source.open)
         assert isinstance(buffer, RingBuffer)
         try:
-            producer.start(calls)
             limits = [1 << 18, 4096, 16, 1 << 30]
-            while source.counters().tried < calls or buffer.pending():
-                limits.append(limits.pop(0))
-                if records := buffer.drain(limits[0]):
-                    checker.check(records)
-            producer.wait()
+            # What is lost depends on who else uses this machine; how much is checked must not.
+            while checker.records < 1_500_000:
+                producer.start(100_000)
+                calls += 100_000
+                while source.counters().tried < calls or buffer.pending():
+                    limits.append(limits.pop(0))
+                    if records := buffer.drain(limits[0]):
+                        checker.check(records)
+                producer.wait()
             source.detach()
             wait_for_running_programs()
             assert buffer.drain(1 << 30) is None

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,7 @@ async def test_a_stream_that_was_never_opened() -> None:
     assert [event async for event in stream] == []
 
 
-async def test_bcc_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_bcc_missing(tmp_path: Path) -> None:
     """In a mount namespace where the distribution's folder is empty."""
     code = (
         "import anyio, ebpfstream\n"
@@ -265,7 +266,7 @@ async def test_bcc_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         "except ebpfstream.BccNotFoundError as error:\n"
         "    print(error)\n"
     )
-    shown = await run_sync(lambda: hidden("/usr/lib/python3/dist-packages", code))
+    shown = await run_sync(lambda: hidden("/usr/lib/python3/dist-packages", code, tmp_path))
     assert BccNotFoundError.__name__ not in shown
     for line in (
         "apt-get install python3-bpfcc",
@@ -276,7 +277,7 @@ async def test_bcc_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         assert line in shown
 
 
-async def test_btf_missing() -> None:
+async def test_btf_missing(tmp_path: Path) -> None:
     code = (
         "import anyio, ebpfstream\n"
         "async def main():\n"
@@ -286,18 +287,18 @@ async def test_btf_missing() -> None:
         "except ebpfstream.UnsupportedError as error:\n"
         "    print(error)\n"
     )
-    shown = await run_sync(lambda: hidden("/sys/kernel/btf", code))
+    shown = await run_sync(lambda: hidden("/sys/kernel/btf", code, tmp_path))
     assert "CONFIG_DEBUG_INFO_BTF=y" in shown
 
 
-def hidden(folder: str, code: str) -> str:
+def hidden(folder: str, code: str, cache: Path) -> str:
     """What the code prints where a folder is empty."""
     script = f'mount -t tmpfs none {folder} && exec "$0" -c "$1"'
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, sys.executable, code],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"EBPFSTREAM_CACHE": "/nonexistent/cache"},
+        env=os.environ | {"EBPFSTREAM_CACHE": str(cache)},
         check=True,
     )
     return done.stdout
@@ -390,15 +391,15 @@ async def test_nothing_is_left_after_many_rounds() -> None:
                     ids |= objects.held(kind)
                 break
 
-    def own() -> tuple[list[str], int, int]:
-        threads = len(os.listdir("/proc/self/task"))
-        return sorted(os.listdir("/proc/self/fd")), threads, mapped("bpf-map")
+    def own() -> tuple[list[str], int]:
+        return sorted(os.listdir("/proc/self/fd")), mapped("bpf-map")
 
     await round_trip()
-    before = own()
+    before, threads = own(), threading.active_count()
     for _ in range(20):
         await round_trip()
     assert own() == before
+    assert threading.active_count() <= threads  # idle workers end by themselves
     assert [len(ids) for ids in kinds.values()] == [21, 21, 63]
     await gone(kinds)
     assert children() == []

@@ -1,0 +1,36 @@
+# A fresh clone on a fresh machine needs `make run` or `make test`, and nothing before it.
+
+# Tried in this order; the first that will do makes .venv.
+PYTHON ?= python3.13 python3.12 python3.11 python3
+VENV := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check format clean
+
+help: ## Show this
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+setup: .venv/.ready ## Install what is missing, and make .venv with everything in it
+
+run: setup ## Print every exec on this machine as a JSON line, until Ctrl-C (needs root)
+	@$(VENV)/python -m ebpfstream execve --format json
+
+test: check ## Run the checks and every test; a skipped test is a failure (needs root)
+	@$(VENV)/python -m pytest --no-skips
+
+check: setup ## Lint, formatting, types
+	@$(VENV)/ruff check
+	@$(VENV)/ruff format --check
+	@$(VENV)/mypy
+
+format: setup ## Rewrite the sources as `make check` wants them, where that can be done by machine
+	@$(VENV)/ruff check --fix
+	@$(VENV)/ruff format
+
+clean: ## Remove everything that was made here
+	@rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find ebpfstream sinks tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.ready: pyproject.toml .ci/setup
+	@PYTHON="$(PYTHON)" sh .ci/setup
+	@touch $@

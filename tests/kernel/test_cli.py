@@ -1,0 +1,163 @@
+"""The command, as a person and as a script run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from ebpfstream import __version__
+from tests.kernel import objects
+
+pytestmark = pytest.mark.kernel
+
+COMMAND = [sys.executable, "-m", "ebpfstream"]
+LEDGER = re.compile(r"ebpfstream: (\d+) delivered; (\d+) tried = (\d+) submitted \+ (\d+) lost(.*)\n\Z")
+
+
+@contextmanager
+def running(*options: str, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, once it is attached: it has shown a first exec of ours."""
+    stdout = subprocess.PIPE if stdout is None else stdout
+    with subprocess.Popen([*COMMAND, "execve", *options], stdout=stdout, stderr=subprocess.PIPE) as command:
+        try:
+            deadline = time.monotonic() + 30
+            while not objects.held("link", command.pid):
+                assert time.monotonic() < deadline
+                assert command.poll() is None
+                time.sleep(0.01)
+            yield command
+        finally:
+            command.kill()
+
+
+def true(*arguments: str) -> int:
+    with subprocess.Popen(["/bin/true", *arguments]) as child:
+        return child.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_good_order(number: signal.Signals) -> None:
+    """What happened before is written, the ledger is on stderr, and it died of that signal."""
+    with running("--format", "json") as command:
+        pids = [true("signal", str(index)) for index in range(50)]
+        command.send_signal(number)
+        output, errors = command.communicate(timeout=30)
+    events = [json.loads(line) for line in output.splitlines()]
+    ours = [event for event in events if event["args"][1:2] == ["signal"]]
+    assert [(event["pid"], event["args"]) for event in ours] == [
+        (pid, ["/bin/true", "signal", str(index)]) for index, pid in enumerate(pids)
+    ]
+    assert command.returncode == -number
+    ledger = LEDGER.match(errors.decode())
+    assert ledger is not None
+    assert int(ledger[1]) == int(ledger[2]) == int(ledger[3]) == len(events)
+    assert (ledger[4], ledger[5]) == ("0", "")
+
+
+def test_count_ends_it() -> None:
+    with running("--count", "3") as command:
+        for index in range(5):
+            true("count", str(index))
+        output, errors = command.communicate(timeout=30)
+    assert output.count(b"\n") == 3
+    assert command.returncode == 0
+    assert LEDGER.match(errors.decode())
+
+
+def test_lines_come_when_they_happen() -> None:
+    with running() as command:
+        assert command.stdout is not None
+        for index in range(3):
+            pid = true("now", str(index))
+            event: dict[str, Any] = {}
+            while event.get("pid") != pid:
+                event = json.loads(command.stdout.readline())
+            assert event["message"] == f"/bin/true now {index}"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_head_ends_it(quiet: bool) -> None:
+    """As soon as the reader has gone, even if nothing happens any more."""
+    reader, writer = os.pipe()
+    with running(stdout=writer) as command:
+        os.close(writer)
+        os.close(reader)
+        if not quiet:
+            true("head")
+        _, errors = command.communicate(timeout=30)
+    assert command.returncode == -signal.SIGPIPE
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_does_not_read_cannot_keep_it() -> None:
+    """A signal ends it though what is left cannot be written."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, b"full\n" * 1000)
+    except BlockingIOError:
+        pass
+    os.set_blocking(writer, True)
+    with running(stdout=writer) as command:
+        true("x" * 10_000)
+        command.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        command.send_signal(signal.SIGTERM)
+        _, errors = command.communicate(timeout=30)
+    os.close(reader)
+    os.close(writer)
+    assert command.returncode == -signal.SIGTERM
+    assert b"Traceback" not in errors
+
+
+def test_on_a_terminal() -> None:
+    leader, terminal = pty.openpty()
+    with running(stdout=terminal) as command:
+        true("\x1b[31mred\x07")
+        shown = b""
+        while b"red" not in shown:
+            shown += os.read(leader, 1 << 16)
+        command.send_signal(signal.SIGINT)
+        command.communicate(timeout=30)
+    os.close(leader)
+    os.close(terminal)
+    lines = re.sub(r"\x1b\[\d+m", "", shown.decode()).splitlines()
+    assert lines[0].split() == ["TIME", "PID", "PPID", "UID", "COMM", "MESSAGE"]
+    line = next(line for line in lines if "red" in line)
+    assert line.endswith(r"true            /bin/true $'\e[31mred\u0007'")
+    assert re.match(r"\d\d:\d\d:\d\d\.\d{3} +\d+ +\d+ +\d+ true", line)
+    assert re.search(rb"\x1b(?!\[\d+m)|\x07", shown) is None
+
+
+def test_errors_are_messages() -> None:
+    done = subprocess.run([*COMMAND, "execve", "--buffer-size", "17"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "ebpfstream: buffer_size=17 is impossible: give 4096 to 2147483648 bytes\n"
+    refused = subprocess.run(
+        ["setpriv", "--bounding-set=-all", *COMMAND, "execve"], capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(
+        "ebpfstream: the kernel refuses BPF to this process (uid 0): run it as root"
+    )
+    assert subprocess.run([*COMMAND, "execve", "--format", "xml"], capture_output=True).returncode == 2
+
+
+def test_help_and_version() -> None:
+    shown = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"ebpfstream {__version__}\n"
+    shown = subprocess.run([*COMMAND, "execve", "--help"], capture_output=True, text=True, check=True)
+    assert "Example" in shown.stdout
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())

@@ -23,13 +23,14 @@ class Records(NamedTuple):
     """Bytes copied once from the buffer, and where in them the records lie.
 
     `prefix` bytes stand before each sample in its record.  `discarded` records were the program's
-    own to withdraw, and are in no run.
+    own to withdraw, and are in no run.  Up to `padding` bytes at the end of a sample may be none of it.
     """
 
     data: bytes
     prefix: int
     runs: list[Run]
     discarded: int = 0
+    padding: int = 0
 
     def cut(self, start: int, stop: int) -> Records:
         """The records from the one numbered `start` to before `stop`; the bytes are shared."""

@@ -83,7 +83,7 @@ def _generate(event_type: type[Any]) -> Codec:
         "true_false": (b"false", b"true"),
     }
     for name, kind in plan.kinds.items():
-        if isinstance(kind, Computed):
+        if isinstance(kind, Computed | Tail):
             names[_function_of(name)] = kind.function
     exec(compile(source, f"<codec of {event_type.__name__}>", "exec"), names)  # noqa: S102  # our own text
     return Codec(names["decode"], names["encode"], source)
@@ -116,7 +116,7 @@ class _Writer:
                 "def decode(records, offset):",
                 "    data = memoryview(records.data)",
                 "    for position, stride, size, count in records.runs:",
-                "        if size != SIZE:",
+                "        if not SIZE <= size <= SIZE + records.padding:",
                 "            for _ in range(count):",
                 "                yield misfit(size)",
                 "            continue",
@@ -135,11 +135,7 @@ class _Writer:
             "    data = records.data",
             "    chunk = []",
             *self._each_record("yield", before_error),
-            *(
-                f"            {name} = {'decode_text' if self._types[name] is str else 'strings'}({name})"
-                for name in self._tails
-                if self._types[name] is not bytes
-            ),
+            *(f"            {name} = {self._tail(name)}" for name in self._tails),
             *self._make_event("            "),
             "            if len(chunk) == CHUNK:",
             "                yield chunk",
@@ -159,7 +155,7 @@ class _Writer:
                 "    data = records.data",
                 "    lines = []",
                 "    for position, stride, size, count in records.runs:",
-                "        if size != SIZE:",
+                "        if not SIZE <= size <= SIZE + records.padding:",
                 "            raise misfit(size)",
                 "        for first in range(0, count, LINES):",
                 "            number = min(LINES, count - first)",
@@ -246,6 +242,8 @@ class _Writer:
                 return f"true_false[{name} != 0]"
             case Char() if self._types[name] is str:
                 return f"json_texts[{name}]"
+            case Tail(function) if function:
+                return f"json_value({self._tail(name)})"
             case Tail() if self._types[name] not in (str, bytes):
                 return f"json_strings({name})"
             case Char() | Tail():
@@ -257,9 +255,15 @@ class _Writer:
         return name
 
     def _unpacked(self, name: str) -> str:
-        if name in self._tails and self._types[name] is not bytes:
-            return f"{'decode_text' if self._types[name] is str else 'strings'}({name})"
-        return self._value(name)
+        return self._tail(name) if name in self._tails else self._value(name)
+
+    def _tail(self, name: str) -> str:
+        kind = self._kinds[name]
+        if isinstance(kind, Tail) and kind.function:
+            return f"{_function_of(name)}({name})"
+        if self._types[name] is bytes:
+            return name
+        return f"{'decode_text' if self._types[name] is str else 'strings'}({name})"
 
     def _json_column(self, name: str) -> str:
         """The same for as many records as are formatted together."""

@@ -17,6 +17,8 @@ class Statistics:
         received == delivered + undecodable + unread
     """
 
+    rejected: int = 0
+    """Events that the filters left out, in the kernel; no others are counted below."""
     tried: int = 0
     """Events that the program saw; each has a sequence number.  Counted in the kernel."""
     submitted: int = 0
@@ -40,6 +42,8 @@ class Statistics:
     """What was taken out of the buffer, headers and padding included."""
     batches: int = 0
     """How many batches that was."""
+    late: int = 0
+    """Events delivered after younger ones of other CPUs (perf buffer only)."""
     wakeups: int = 0
     """How often the stream slept until the kernel woke it."""
 
@@ -55,6 +59,8 @@ class Statistics:
         for count, name in (
             (self.undecodable, "undecodable"),
             (self.unread, "unread"),
+            (self.late, "late"),
+            (self.rejected, "rejected by filters"),
             (self.misses, "missed by the kernel"),
         ):
             if count:

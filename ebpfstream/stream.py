@@ -13,10 +13,12 @@ from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
-from ebpfstream.batch import EventBatch, Records, wall_clock_offset
+from ebpfstream.batch import EventBatch, wall_clock_offset
 from ebpfstream.errors import ArgumentError, DecodeError, StreamBusyError, StreamClosedError
 from ebpfstream.events import E_co
+from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import wait_for_running_programs
+from ebpfstream.kernel.buffers import Buffer
 from ebpfstream.loader import Counters
 from ebpfstream.statistics import Statistics
 
@@ -26,19 +28,6 @@ LATENCY: Final = 0.001
 _BATCH_BYTES: Final = 1 << 18
 # A record at the head that stays unfinished makes the descriptor readable for as long.
 _UNFINISHED_PAUSE: Final = 0.0005
-
-
-class Buffer(Protocol):
-    """A kernel buffer as a stream reads it."""
-
-    def fileno(self) -> int:
-        """Readable while anything is in the buffer."""
-
-    def pending(self) -> int:
-        """Bytes in the buffer now."""
-
-    def drain(self, limit: int) -> Records | None:
-        """Take what is finished, about `limit` bytes at most; None if nothing is."""
 
 
 class Source(Protocol):
@@ -52,6 +41,9 @@ class Source(Protocol):
 
     def counters(self) -> Counters:
         """What the programs counted."""
+
+    def set_filters(self, filters: Filters) -> None:
+        """Let the programs leave out what does not meet these."""
 
     def close(self) -> None:
         """Give everything back to the kernel."""
@@ -96,6 +88,7 @@ class EventStream(Generic[E_co]):
         self._handed = 0  # events of all lists that were begun
         self._undecodable = 0
         self._bytes = self._batches = self._wakeups = 0
+        self._late = 0
         self._final: Counters | None = None
 
     async def __aenter__(self) -> Self:
@@ -198,10 +191,11 @@ class EventStream(Generic[E_co]):
                 return False
             if self._detached:
                 await run_sync(wait_for_running_programs)
+                buffer.finish()
                 self._quiet = True
                 return True
             self._wakeups += 1
-            await anyio.wait_readable(buffer.fileno())
+            await buffer.wait()
         await anyio.sleep(self._latency)
         return True
 
@@ -243,6 +237,7 @@ class EventStream(Generic[E_co]):
         """The ledger so far; after closing, the final one."""
         counters = self._final or self._source.counters()
         return Statistics(
+            rejected=counters.rejected,
             tried=counters.tried,
             submitted=counters.submitted,
             lost=counters.lost,
@@ -254,12 +249,22 @@ class EventStream(Generic[E_co]):
             bytes=self._bytes,
             batches=self._batches,
             wakeups=self._wakeups,
+            late=self._late if self._buffer is None else self._buffer.late,
         )
+
+    def set_filters(self, filters: Filters) -> None:
+        """Let the kernel leave out what does not meet these, from now on; they take the place of all before.
+
+        Raises ArgumentError for a cgroup that there is not, StreamClosedError.
+        """
+        self._check_open()
+        self._source.set_filters(filters)
 
     def detach(self) -> None:
         """Take the programs off their hooks: nothing new happens to this stream from now on.
 
         What has been submitted still comes; then the iteration ends.  Detaching again does nothing.
+        Takes the kernel up to some 100 ms where system calls are traced.
         """
         if not self._detached:
             self._detached = True
@@ -283,12 +288,15 @@ class EventStream(Generic[E_co]):
         if self._closed:
             return
         self._closed = True
-        self.detach()
         self._interrupt()
         with CancelScope(shield=True):
             async with self._turn:
+                self._detached = True
                 if self._buffer is not None:
+                    # In a thread: the kernel waits for grace periods in both.
+                    await run_sync(self._source.detach)
                     await run_sync(wait_for_running_programs)
+                    self._buffer.finish()
                     while records := self._buffer.drain(_BATCH_BYTES):
                         self._account(EventBatch(self._event_type, records))
                         await checkpoint()
@@ -296,8 +304,10 @@ class EventStream(Generic[E_co]):
 
     def _release(self) -> None:
         self._final = self._source.counters()
+        if self._buffer is not None:
+            self._late = self._buffer.late
+            self._buffer = None
         self._source.close()
-        self._buffer = None
 
     def __del__(self) -> None:
         if getattr(self, "_buffer", None) is not None:

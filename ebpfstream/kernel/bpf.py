@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import resource
@@ -15,17 +16,18 @@ from collections.abc import Mapping
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from ebpfstream.errors import AttachError, LoadError, PrivilegeError, UnsupportedError
+from ebpfstream.kernel.tracefs import tracepoint_id
 
-# bpf(2), membarrier(2): from each architecture's table of system calls.
+# From each architecture's table of system calls.
 _SYSCALLS: Final = {
-    "x86_64": (321, 324),
-    "aarch64": (280, 283),
-    "riscv64": (280, 283),
-    "s390x": (351, 356),
-    "ppc64le": (361, 365),
+    "x86_64": {"bpf": 321, "membarrier": 324, "perf_event_open": 298},
+    "aarch64": {"bpf": 280, "membarrier": 283, "perf_event_open": 241},
+    "riscv64": {"bpf": 280, "membarrier": 283, "perf_event_open": 241},
+    "s390x": {"bpf": 351, "membarrier": 356, "perf_event_open": 331},
+    "ppc64le": {"bpf": 361, "membarrier": 365, "perf_event_open": 319},
 }
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5
@@ -39,6 +41,11 @@ _LOG_SIZE, _LOG_SIZE_MAX = 1 << 20, 1 << 26
 _LOG_LINES_SHOWN = 12
 
 _MEMBARRIER_CMD_GLOBAL = 1
+_PERF_FLAG_FD_CLOEXEC = 8
+_PERF_TYPE_TRACEPOINT = 2
+_PERF_EVENT_IOC_SET_BPF, _PERF_EVENT_IOC_ENABLE = 0x40042408, 0x2400
+
+_BPF_F_NO_PREALLOC = 1
 
 
 class MapType(IntEnum):
@@ -97,18 +104,27 @@ class Map(Descriptor):
     def create(
         cls, name: str, type: MapType, *, key_size: int = 0, value_size: int = 0, max_entries: int
     ) -> Map:
-        """Create a map in the kernel.
+        """Create a map in the kernel.  A hash map's values change in one piece, for whoever reads them.
 
         Raises PrivilegeError, UnsupportedError (a map type that this kernel does not know), LoadError.
         """
         attributes = struct.pack(
-            "<IIIIIII16s", type, key_size, value_size, max_entries, 0, 0, 0, name.encode()[:15]
+            "<IIIIIII16s",
+            type,
+            key_size,
+            value_size,
+            max_entries,
+            # Preallocated elements are used again at once, under the eyes of programs that still read them.
+            _BPF_F_NO_PREALLOC if type is MapType.HASH else 0,
+            0,
+            0,
+            name.encode()[:15],
         )
         fd = _bpf(_MAP_CREATE, attributes)
         if fd < 0:
             code = ctypes.get_errno()
             if code == errno.EPERM:
-                raise _privilege_error()
+                raise privilege_error()
             if code == errno.EINVAL and type is MapType.RINGBUF:
                 raise UnsupportedError(
                     f"this kernel ({os.uname().release}) has no BPF ring buffer, which came with Linux 5.8"
@@ -195,7 +211,7 @@ class Program(Descriptor):
         if fd >= 0:
             return cls(fd, name)
         if ctypes.get_errno() == errno.EPERM:
-            raise _privilege_error()
+            raise privilege_error()
         size = _LOG_SIZE
         while True:
             log = ctypes.create_string_buffer(size)
@@ -221,10 +237,54 @@ class Program(Descriptor):
         return int(struct.unpack_from("<Q", info.raw, 208)[0])
 
 
+class RawTracepoint(NamedTuple):
+    """A hook: the raw tracepoint of this name.  Linux ≥ 4.17."""
+
+    name: str
+
+
+class Tracepoint(NamedTuple):
+    """A hook: the tracepoint `category:name`.  Linux ≥ 4.7."""
+
+    category: str
+    name: str
+
+
+Hook = RawTracepoint | Tracepoint
+
+
 class Link(Descriptor):
     """What keeps a program attached; closing it detaches."""
 
     __slots__ = ()
+
+    @classmethod
+    def attach(cls, program: Program, hook: Hook) -> Link:
+        """Attach a program that was loaded for this kind of hook.  Raises AttachError, PrivilegeError."""
+        if isinstance(hook, RawTracepoint):
+            return cls.raw_tracepoint(program, hook.name)
+        return cls.tracepoint(program, hook.category, hook.name)
+
+    @classmethod
+    def tracepoint(cls, program: Program, category: str, name: str) -> Link:
+        """Attach to the tracepoint `category:name`.  Raises AttachError, PrivilegeError."""
+        # The program runs on every CPU, whichever the event itself is on.
+        attributes = struct.pack("<IIQQ", _PERF_TYPE_TRACEPOINT, 64, tracepoint_id(category, name), 1)
+        fd = perf_event_open(attributes.ljust(64, b"\0"), online_cpus()[0])
+        if fd < 0:
+            code = ctypes.get_errno()
+            if code in (errno.EPERM, errno.EACCES):
+                raise privilege_error()
+            raise AttachError(f"the tracepoint {category}:{name} cannot be opened: {os.strerror(code)}")
+        link = cls(fd)
+        try:
+            fcntl.ioctl(fd, _PERF_EVENT_IOC_SET_BPF, program.fd)
+            fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)
+        except OSError as error:
+            raise AttachError(
+                f"{program.name} cannot be attached to the tracepoint {category}:{name}: {error.strerror}"
+            ) from error
+        return link
 
     @classmethod
     def raw_tracepoint(cls, program: Program, name: str) -> Link:
@@ -234,13 +294,18 @@ class Link(Descriptor):
         if fd < 0:
             code = ctypes.get_errno()
             if code == errno.EPERM:
-                raise _privilege_error()
+                raise privilege_error()
             reason = "there is no such tracepoint" if code == errno.ENOENT else os.strerror(code)
             raise AttachError(
                 f"{program.name} cannot be attached to the raw tracepoint {name!r}: {reason} "
                 f"(Linux {os.uname().release})"
             )
         return cls(fd)
+
+
+def perf_event_open(attributes: bytes, cpu: int) -> int:
+    """A perf event of all processes on one CPU: its descriptor, or -1 and errno."""
+    return _syscall("perf_event_open", attributes, -1, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
 
 
 def wait_for_running_programs() -> None:
@@ -251,7 +316,7 @@ def wait_for_running_programs() -> None:
     entry of a map of maps waits for the same thing (maybe_wait_bpf_programs(), kernel/bpf/syscall.c).
     Takes some 10 ms.
     """
-    if _libc().syscall(_syscall_number(1), _MEMBARRIER_CMD_GLOBAL, 0, 0) == 0:
+    if _syscall("membarrier", _MEMBARRIER_CMD_GLOBAL, 0, 0) == 0:
         return
     inner = Map.create("wait_inner", MapType.ARRAY, key_size=4, value_size=4, max_entries=1)
     attributes = struct.pack("<IIIIIII16s", MapType.ARRAY_OF_MAPS, 4, 4, 1, 0, inner.fd, 0, b"wait_outer")
@@ -267,6 +332,11 @@ def wait_for_running_programs() -> None:
 def possible_cpus() -> int:
     """How many CPUs this machine may ever have online: the length of a per-CPU value."""
     return len(cpu_list(Path("/sys/devices/system/cpu/possible").read_text()))
+
+
+def online_cpus() -> list[int]:
+    """The CPUs that run now."""
+    return cpu_list(Path("/sys/devices/system/cpu/online").read_text())
 
 
 def cpu_list(text: str) -> list[int]:
@@ -303,7 +373,8 @@ def _verifier_message(name: str, reason: int, log: str) -> str:
     return message + "; the verifier's last lines:\n  " + "\n  ".join(shown)
 
 
-def _privilege_error() -> PrivilegeError:
+def privilege_error() -> PrivilegeError:
+    """The error for EPERM, with what the process lacks."""
     message = (
         f"the kernel refuses BPF to this process (uid {os.geteuid()}): run it as root, "
         "or give it the capabilities CAP_BPF and CAP_PERFMON"
@@ -320,7 +391,7 @@ def _privilege_error() -> PrivilegeError:
 def _bpf(command: int, attributes: bytes) -> int:
     buffer = ctypes.create_string_buffer(attributes, max(len(attributes), 120))
     for _ in range(2):
-        result = int(_libc().syscall(_syscall_number(0), command, buffer, len(buffer)))
+        result = _syscall("bpf", command, buffer, len(buffer))
         if result >= 0 or ctypes.get_errno() != errno.EPERM or not _raise_memlock():
             break
     return result
@@ -354,12 +425,11 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def _syscall_number(which: int) -> int:
+def _syscall(name: str, *arguments: Any) -> int:
     machine = platform.machine()
-    try:
-        return _SYSCALLS[machine][which]
-    except KeyError:
-        raise UnsupportedError(f"{machine} is not supported; supported are {', '.join(_SYSCALLS)}") from None
+    if machine not in _SYSCALLS:
+        raise UnsupportedError(f"{machine} is not supported; supported are {', '.join(_SYSCALLS)}")
+    return int(_libc().syscall(_SYSCALLS[machine][name], *arguments))
 
 
 def _address(data: bytes) -> int:

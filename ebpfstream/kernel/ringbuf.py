@@ -11,10 +11,13 @@ from __future__ import annotations
 import mmap
 from typing import Final
 
+import anyio
+
 from ebpfstream.batch import Records, Run
 from ebpfstream.errors import ArgumentError
 from ebpfstream.kernel.bpf import Map, MapType
 from ebpfstream.kernel.ordering import barrier
+from ebpfstream.kernel.runs import equal_headers
 
 HEADER_SIZE: Final = 8
 _BUSY: Final = 1 << 31  # BPF_RINGBUF_BUSY_BIT: reserved, not yet submitted
@@ -38,8 +41,10 @@ def buffer_bytes(requested: int) -> int:
 class RingBuffer:
     """Reads one ring buffer; nothing else in the process may read the same one.
 
-    `drain()` never blocks; to wait for records, wait until `fileno()` is readable.
+    `drain()` never blocks.
     """
+
+    late = 0  # its records are in the order of their reservation
 
     def __init__(self, ring: Map) -> None:
         self._map = ring
@@ -74,9 +79,9 @@ class RingBuffer:
         """Bytes that the buffer holds, headers and padding included."""
         return self._size
 
-    def fileno(self) -> int:
-        """Readable while anything is in the buffer, be it unfinished."""
-        return self._map.fd
+    async def wait(self) -> None:
+        """Return when there is something in the buffer, be it unfinished."""
+        await anyio.wait_readable(self._map.fd)
 
     def pending(self) -> int:
         """Bytes in the buffer now, unfinished records included."""
@@ -123,27 +128,14 @@ class RingBuffer:
                 position += HEADER_SIZE + (header - _DISCARD) + 7 & ~7
                 continue
             stride = HEADER_SIZE + header + 7 & ~7
-            count = 1
-            step = stride >> 2
-            # Streams of one type mostly have one length.  As long as headers at this stride are all
-            # the same, ever longer stretches of them are compared at once; what lies past the first
-            # other one is no header, and is not used.
-            if position + stride < end and headers[(position + stride) >> 2] == header:
-                window = 64
-                while True:
-                    first = (position + count * stride) >> 2
-                    stretch = headers[first : min(first + window * step, end >> 2) : step].tolist()
-                    same = stretch.count(header)
-                    if same != len(stretch):
-                        count += next(index for index, other in enumerate(stretch) if other != header)
-                        break
-                    count += same
-                    if not same:
-                        break
-                    window *= 2
+            # Streams of one type mostly have one length.
+            count = equal_headers(headers, position >> 2, stride >> 2, end >> 2)
             runs.append((position - start, stride, header, count))
             position += count * stride
         return position, runs, discarded
+
+    def finish(self) -> None:
+        """Nothing is held back."""
 
     def close(self) -> None:
         """Unmap and give up the map.  Closing again does nothing."""

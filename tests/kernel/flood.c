@@ -29,6 +29,6 @@ int flood(struct bpf_raw_tracepoint_args *ctx)
 	asm volatile("%0 &= 8191" : "+r"(length));
 	if (length >= 8)
 		__builtin_memcpy(scratch->payload + length - 8, &event->sequence, 8);
-	submit(counters, event, sizeof(*event) + length);
+	submit(ctx, counters, event, sizeof(*event) + length);
 	return 0;
 }

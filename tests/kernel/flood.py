@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from ebpfstream.events import U32, U64, Event, Tail
+from ebpfstream.kernel.bpf import RawTracepoint
+from ebpfstream.kernel.buffers import Kind
 from ebpfstream.loader import ReadyMade
 
 _FOLDER: Final = Path(__file__).parent
@@ -92,9 +94,18 @@ def producing(cpu: int | None = None) -> Iterator[Producer]:
         producer.end()
 
 
-def source(folder: Path, name: str, target: int, buffer_size: int) -> ReadyMade:
+def source(
+    folder: Path, name: str, target: int, buffer_size: int, buffer: Kind = "ring", max_delay: float = 0
+) -> ReadyMade:
     """The program `<name>.c` for one producer's calls."""
     text = (_FOLDER / f"{name}.c").read_text()
     path = folder / f"{name}-{target}.c"
     path.write_text(f"#define TARGET {target}\n#define LENGTH(n) {LENGTH.format('n')}\n{text}")
-    return ReadyMade(path, FloodEvent, {name: "sys_enter"}, buffer_size)
+    return ReadyMade(
+        path,
+        FloodEvent,
+        {name: RawTracepoint("sys_enter")},
+        buffer=buffer,
+        buffer_size=buffer_size,
+        max_delay=max_delay,
+    )

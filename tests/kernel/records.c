@@ -63,7 +63,7 @@ int records(struct bpf_raw_tracepoint_args *ctx)
 		u64 size = 16 + (sequence * 2654435761u >> 7 & 0x3ff);
 		*(u64 *)scratch = tag;
 		__builtin_memcpy(scratch + size - 8, &tag, 8);
-		submit(counters, scratch, size);
+		submit(ctx, counters, scratch, size);
 	}
 	}
 	return 0;

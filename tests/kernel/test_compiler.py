@@ -13,7 +13,7 @@ import pytest
 
 from ebpfstream.errors import AttachError, BccNotFoundError, CompileError, LoadError
 from ebpfstream.kernel import bcc, compiler
-from ebpfstream.kernel.bpf import Link, MapType, Program, ProgramType
+from ebpfstream.kernel.bpf import Link, MapType, Program, ProgramType, RawTracepoint
 
 pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
 
@@ -40,7 +40,7 @@ async def test_what_a_module_holds() -> None:
         license=module.license,
     )
     assert module.maps["slots"].lookup(bytes(4)) == bytes(8)
-    link = Link.raw_tracepoint(program, "sys_enter")
+    link = Link.attach(program, RawTracepoint("sys_enter"))
     os.getppid()
     link.close()
     counted = module.maps["slots"].lookup(bytes(4))
@@ -109,7 +109,7 @@ async def test_an_unknown_tracepoint() -> None:
     with pytest.raises(
         AttachError, match="other cannot be attached to the raw tracepoint 'nonsense': there is no such"
     ):
-        Link.raw_tracepoint(program, "nonsense")
+        Link.attach(program, RawTracepoint("nonsense"))
 
 
 async def test_an_impostor_is_recognised_and_worked_around(tmp_path: Path) -> None:

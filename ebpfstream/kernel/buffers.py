@@ -1,0 +1,71 @@
+"""The two kinds of kernel buffer behind one interface."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, Protocol, get_args
+
+from ebpfstream.batch import Records
+from ebpfstream.errors import ArgumentError, UnsupportedError
+from ebpfstream.kernel import perfbuf, ringbuf
+from ebpfstream.kernel.bpf import Map, online_cpus
+from ebpfstream.kernel.perfbuf import PerfBuffer
+from ebpfstream.kernel.ringbuf import RingBuffer
+
+Kind = Literal["auto", "ring", "perf"]
+
+SIZE: Final = 4 << 20
+"""Bytes that a buffer has unless told otherwise."""
+
+
+class Buffer(Protocol):
+    """A kernel buffer as a stream reads it."""
+
+    late: int
+    """Records that came after younger ones had been taken."""
+
+    @property
+    def map(self) -> Map:
+        """The map to which programs submit."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds in all, record headers included."""
+
+    async def wait(self) -> None:
+        """Return when there may be something to drain."""
+
+    def pending(self) -> int:
+        """Bytes in it now."""
+
+    def drain(self, limit: int) -> Records | None:
+        """Take what is finished, oldest first, about `limit` bytes; None if nothing is."""
+
+    def finish(self) -> None:
+        """Hold nothing back any more: no program runs that could still submit."""
+
+    def close(self) -> None:
+        """Unmap and give up everything."""
+
+
+def check(kind: str, size: int) -> None:
+    """Raise ArgumentError for a kind that there is not, or a size that it cannot have on this machine."""
+    if kind not in get_args(Kind):
+        raise ArgumentError(f'buffer={kind!r} is unknown: give "ring", "perf" or "auto"')
+    if kind == "perf":
+        perfbuf.ring_bytes(size, len(online_cpus()))
+    else:
+        ringbuf.buffer_bytes(size)
+
+
+def create(kind: Kind, size: int, max_delay: float) -> Buffer:
+    """A new buffer; "auto" is the ring buffer where the kernel has it (Linux 5.8).
+
+    Raises PrivilegeError, UnsupportedError, LoadError, ArgumentError.
+    """
+    if kind != "perf":
+        try:
+            return RingBuffer.create(size)
+        except UnsupportedError:
+            if kind == "ring":
+                raise
+    return PerfBuffer.create(size, max_delay=max_delay)

@@ -1,0 +1,248 @@
+"""The perf buffer against the kernel: every CPU's ring, wakeups, loss, order, and CPUs that come and go."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio.to_thread import run_sync
+
+from ebpfstream import EventStream
+from ebpfstream.errors import ArgumentError
+from ebpfstream.kernel import perfbuf
+from ebpfstream.kernel.perfbuf import PerfBuffer
+from ebpfstream.loader import ReadyMade
+from tests.kernel import flood
+from tests.kernel.flood import FloodEvent
+
+pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
+
+
+def open_flood(folder: Path, target: int, buffer_size: int) -> EventStream[FloodEvent]:
+    return EventStream(flood.source(folder, "flood", target, buffer_size, "perf"), FloodEvent)
+
+
+def test_sizes_are_for_all_cpus_together() -> None:
+    assert perfbuf.ring_bytes(1 << 20, 2) == 1 << 19
+    assert perfbuf.ring_bytes(1_000_000, 3) == 1 << 18
+    with pytest.raises(
+        ArgumentError, match=r"buffer_size=4096 is impossible: give 8192 to \d+ bytes for 2 CPUs"
+    ):
+        perfbuf.ring_bytes(4096, 2)
+    buffer = PerfBuffer.create(1 << 20)
+    assert buffer.size == len(os.sched_getaffinity(0)) * (1 << 19)
+    assert buffer.drain(1 << 18) is None
+    buffer.close()
+
+
+@pytest.mark.timeout(300)
+async def test_rings_that_wrap_and_overflow(tmp_path: Path) -> None:
+    """The kernel's own count of what it lost is the program's, but for what is still to be told."""
+    with flood.producing(cpu=1) as producer:
+        source = flood.source(tmp_path, "flood", producer.pid, 1 << 16, "perf")
+        buffer = await source.open()
+        assert isinstance(buffer, PerfBuffer)
+        stream = EventStream(_Opened(source, buffer), FloodEvent)
+        seen = 0
+        async with stream:
+            for _ in range(20):
+                producer.start(20_000)
+                producer.wait()  # far more than there is room for
+                with anyio.move_on_after(0.05):
+                    async for event in stream:
+                        check(event)
+                        seen += 1
+            lost_by_kernel = buffer.lost
+        statistics = stream.statistics()
+    assert statistics.tried == 400_000
+    assert statistics.submitted == statistics.received == statistics.delivered == seen
+    assert statistics.lost == 400_000 - seen > 0
+    # The record that tells of a loss is written with the next one that finds room.
+    assert 0 < lost_by_kernel <= statistics.lost
+
+
+class _Opened:
+    """A source that has been opened already."""
+
+    def __init__(self, source: ReadyMade, buffer: PerfBuffer) -> None:
+        self._buffer = buffer
+        self.detach = source.detach
+        self.counters = source.counters
+        self.set_filters = source.set_filters
+        self.close = source.close
+
+    async def open(self) -> PerfBuffer:
+        return self._buffer
+
+
+def check(event: FloodEvent) -> None:
+    assert len(event.payload) == flood.payload_length(event.sequence)
+    assert event.payload[-8:] == event.sequence.to_bytes(8, "little")
+
+
+async def test_two_cpus_are_merged_by_time(tmp_path: Path) -> None:
+    """A process with a thread on each CPU; what both submit comes in the order of the kernel's time."""
+    code = (
+        "import os, sys, threading\n"
+        "from itertools import repeat\n"
+        "def run(cpu):\n"
+        "    os.sched_setaffinity(0, {cpu})\n"
+        "    for _ in repeat(None, 30000): os.getppid()\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "threads = [threading.Thread(target=run, args=(cpu,)) for cpu in (0, 1)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        async with open_flood(tmp_path, process.pid, 1 << 26) as events:
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            await run_sync(process.wait)
+            events.detach()
+            seen = [(event.monotonic, event.cpu, event.sequence) async for event in events]
+        statistics = events.statistics()
+    assert {cpu for _, cpu, _ in seen} == {0, 1}
+    for cpu in (0, 1):
+        assert [sequence for _, on, sequence in seen if on == cpu] == list(range(30_000))
+    # The program read its clock a little before the kernel read the one that orders: only neighbours may differ.
+    out_of_order = sum(late[0] < early[0] - 1_000_000 for early, late in itertools.pairwise(seen))
+    assert out_of_order <= statistics.late
+    assert statistics.received == 60_000
+
+
+async def test_what_is_younger_than_max_delay_stays_in_its_ring(tmp_path: Path) -> None:
+    with flood.producing() as producer:
+        source = flood.source(tmp_path, "flood", producer.pid, 1 << 22, "perf", max_delay=0.3)
+        async with EventStream(source, FloodEvent) as events:
+            producer.start(10)
+            producer.wait()
+            ages = [-(await anext(events)).monotonic + time.monotonic_ns() for _ in range(10)]
+            assert min(ages) > 0.29e9
+            # Unless nothing older can come any more.
+            producer.start(10)
+            producer.wait()
+            events.detach()
+            ages = [time.monotonic_ns() - event.monotonic async for event in events]
+            assert len(ages) == 10
+        assert events.statistics().late == 0
+
+
+async def test_late_ones_are_delivered_and_counted(tmp_path: Path) -> None:
+    """A lateness that is made up: as if younger ones had been taken from another CPU before."""
+    with flood.producing() as producer:
+        source = flood.source(tmp_path, "flood", producer.pid, 1 << 22, "perf")
+        buffer = await source.open()
+        assert isinstance(buffer, PerfBuffer)
+        buffer._latest = time.monotonic_ns() + 10**12
+        async with EventStream(_Opened(source, buffer), FloodEvent) as events:
+            producer.start(10)
+            for _ in range(10):
+                check(await anext(events))
+        assert events.statistics().late == 10
+
+
+@pytest.mark.parametrize("latency", [0, 0.001])
+async def test_no_wakeup_is_missed(tmp_path: Path, latency: float) -> None:
+    """Single events and bursts, with pauses that end in every phase of waiting: each arrives by itself."""
+    pauses = [0, 0.0001, 0.0005, 0.001, 0.002, 0.005, 0.015, 0.02, 0.025, 0.03, 0.05]
+    with flood.producing() as producer:
+        source = flood.source(tmp_path, "flood", producer.pid, 1 << 22, "perf")
+        async with EventStream(source, FloodEvent, latency=latency) as events:
+            for round_number in range(150):
+                calls = 1 if round_number % 3 else 500
+                await anyio.sleep(pauses[round_number % len(pauses)])
+                producer.start(calls)
+                with anyio.fail_after(5):
+                    for _ in range(calls):
+                        check(await anext(events))
+                producer.wait()
+        statistics = events.statistics()
+    assert statistics.tried == statistics.delivered == 100 * 1 + 50 * 500
+
+
+async def test_a_busy_producer_is_not_woken_for_each_record(tmp_path: Path) -> None:
+    with flood.producing() as producer:
+        async with open_flood(tmp_path, producer.pid, 1 << 24) as events:
+            producer.start(200_000)
+            seen = 0
+            async for _ in events:
+                seen += 1
+                if seen + events.statistics().lost == 200_000:
+                    break
+            assert events.statistics().wakeups < 2_000
+            # And asleep again afterwards.
+            before = events.statistics().wakeups
+            with anyio.move_on_after(0.5):
+                await anext(events)
+            assert events.statistics().wakeups - before <= 3
+
+
+async def test_a_cpu_that_goes_and_comes_back(tmp_path: Path) -> None:
+    switch = Path("/sys/devices/system/cpu/cpu1/online")
+    if not switch.exists():
+        pytest.skip("CPU 1 cannot be switched off here: run this test in a virtual machine with two CPUs")
+    with flood.producing() as producer:
+        async with open_flood(tmp_path, producer.pid, 1 << 22) as events:
+
+            async def receive(cpu: int, calls: int) -> None:
+                os.sched_setaffinity(producer.pid, {cpu})
+                producer.start(calls)
+                with anyio.fail_after(10):
+                    cpus = {(await anext(events)).cpu for _ in range(calls)}
+                producer.wait()
+                assert cpus == {cpu}
+
+            await receive(1, 100)
+            try:
+                os.sched_setaffinity(producer.pid, {0, 1})
+                await run_sync(switch.write_text, "0")
+                await receive(0, 100)
+            finally:
+                await run_sync(switch.write_text, "1")
+            with anyio.move_on_after(0.2):  # whoever waits for events notices
+                await anext(events)
+            await receive(1, 100)
+            await receive(0, 10)
+        statistics = events.statistics()
+    assert statistics.tried == statistics.delivered == 310
+    assert statistics.lost == 0
+
+
+def test_closing_gives_everything_back() -> None:
+    before = sorted(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+    for _ in range(50):
+        PerfBuffer.create(1 << 18).close()
+    assert (
+        sorted(os.listdir("/proc/self/fd")),
+        len(Path("/proc/self/maps").read_text().splitlines()),
+    ) == before
+
+
+def test_locked_memory_is_named() -> None:
+    code = (
+        "import resource\n"
+        "from ebpfstream.kernel.perfbuf import PerfBuffer\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))\n"
+        "try:\n"
+        "    PerfBuffer.create(1 << 28)\n"
+        "except PermissionError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-ipc_lock,-sys_resource", sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout.startswith("PrivilegeError the kernel does not let this process lock 134217728 bytes")
+    assert "CAP_IPC_LOCK" in done.stdout

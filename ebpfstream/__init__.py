@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from ebpfstream.events import (
         Flag as Flag,
     )
+    from ebpfstream.filters import Filters as Filters
     from ebpfstream.forwarding import forward as forward
     from ebpfstream.sink import Sink as Sink
     from ebpfstream.sinks.stdout import StdoutSink as StdoutSink
@@ -120,6 +121,7 @@ _HOMES = {
         "UnsupportedError",
     ),
     "events": ("Char", "Comm", "Event", "Flag", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"),
+    "filters": ("Filters",),
     "forwarding": ("forward",),
     "sink": ("Sink",),
     "sinks.stdout": ("StdoutSink",),

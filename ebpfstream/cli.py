@@ -13,9 +13,10 @@ import click
 from ebpfstream import __version__
 from ebpfstream.errors import EbpfStreamError, SinkClosedError
 from ebpfstream.forwarding import forward
+from ebpfstream.kernel.buffers import SIZE, Kind
 from ebpfstream.sinks.stdout import Format, StdoutSink
 from ebpfstream.stream import EventStream
-from ebpfstream.tracers.execve import BUFFER_SIZE, trace_execve
+from ebpfstream.tracers.execve import trace_execve
 
 _DEADLINE: Final = 5.0
 # Seconds to write what is left after a signal, if whoever reads is slow.
@@ -48,12 +49,19 @@ def main() -> None:
 @click.option(
     "--buffer-size",
     type=int,
-    default=BUFFER_SIZE,
+    default=SIZE,
     show_default=True,
     metavar="BYTES",
-    help="Size of the kernel's buffer; a power of two.",
+    help="Size of the kernel's buffer in all; powers of two fit best.",
 )
-def execve(count: int | None, format: Format | None, buffer_size: int) -> None:
+@click.option(
+    "--buffer",
+    type=click.Choice(["auto", "ring", "perf"]),
+    default="auto",
+    show_default=True,
+    help="Kind of the kernel's buffer.",
+)
+def execve(count: int | None, format: Format | None, buffer_size: int, buffer: Kind) -> None:
     r"""Show every program that this machine executes.
 
     \b
@@ -64,7 +72,7 @@ def execve(count: int | None, format: Format | None, buffer_size: int) -> None:
     is written, and the last line on standard error says how many events there were and how many
     were lost.
     """
-    events = trace_execve(buffer_size=buffer_size)
+    events = trace_execve(buffer=buffer, buffer_size=buffer_size)
     sink = StdoutSink(format or ("text" if os.isatty(1) else "json"))
     try:
         ended_by = anyio.run(_ship, events, sink, count)

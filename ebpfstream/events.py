@@ -42,8 +42,10 @@ class Tail:
     """Bytes that follow the struct, as many as this record has: bytes, str, or a tuple of NUL-ended strings.
 
     The struct holds their number in a generated member, `<field>_length`.  Tails follow one another
-    in the order of their fields.
+    in the order of their fields.  `function` makes something else of the bytes.
     """
+
+    function: Callable[[bytes], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def _check(name: str, kinds: dict[str, Kind], types: dict[str, Any]) -> None:
         WallClock: (datetime,),
     }
     for field, kind in kinds.items():
-        if type(kind) in allowed and types[field] not in allowed[type(kind)]:
+        made_otherwise = isinstance(kind, Tail) and kind.function is not None
+        if not made_otherwise and type(kind) in allowed and types[field] not in allowed[type(kind)]:
             names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed[type(kind)])
             raise EventTypeError(f"{name}.{field}: {kind} is for {names}, not for {types[field]}")
         if isinstance(kind, Integer | Char) and kind.size not in (

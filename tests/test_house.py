@@ -30,6 +30,7 @@ LAYERS = (
     ("columns",),
     ("batch",),
     ("kernel",),
+    ("containers", "filters"),
     ("loader",),
     ("stream",),
     ("tracers", "sink", "table"),

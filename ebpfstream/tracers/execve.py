@@ -1,25 +1,35 @@
-"""Successful program executions, from `bpf/execve.c`."""
+"""Program executions, from `bpf/execve.c`."""
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated
 
-from ebpfstream.errors import ArgumentError
-from ebpfstream.events import U32, U64, Comm, Computed, Event, Flag, Tail, WallClock
-from ebpfstream.kernel import ringbuf
+from ebpfstream import text
+from ebpfstream.containers import of_cgroup
+from ebpfstream.events import I32, U8, U32, U64, Char, Comm, Computed, Event, Flag, Tail, WallClock
+from ebpfstream.filters import Filters
+from ebpfstream.kernel.bpf import Hook, RawTracepoint, Tracepoint
+from ebpfstream.kernel.buffers import SIZE, Kind
 from ebpfstream.loader import BPF_FOLDER, ReadyMade
 from ebpfstream.stream import LATENCY, EventStream
 from ebpfstream.text import command_line
 
-BUFFER_SIZE: Final = 4 << 20
-"""Bytes: some 20,000 ordinary execs, or 200 with the longest arguments."""
+
+def _errno_name(retval: int) -> str:
+    return errno.errorcode.get(-retval, str(-retval)) if retval else ""
+
+
+def _path(names: bytes) -> str:
+    """Names with a NUL after each, from the innermost."""
+    return text.decode(b"/" + b"/".join(reversed(names.split(b"\0")[:-1])))
 
 
 @dataclass
 class ExecEvent(Event):
-    """One successful execve(2) or execveat(2).
+    """One execve(2) or execveat(2), successful unless the stream was asked for failures as well.
 
     Process, user and group numbers are those of the initial namespaces, whatever the process itself
     sees.
@@ -30,7 +40,7 @@ class ExecEvent(Event):
     uid: U32
     """Its real user."""
     comm: Comm
-    """Its new name: the first 15 bytes of the program's."""
+    """Its name: the first 15 bytes of the new program's, or after a failure the one it had."""
     message: Annotated[str, Computed(command_line, ("args",))]
     """The command line, quoted so that bash reads back exactly `args`; printable, on one line."""
     ppid: U32
@@ -43,17 +53,49 @@ class ExecEvent(Event):
     """The path as the caller gave it (a script's own, not its interpreter's), up to 4,095 bytes."""
     args: Annotated[tuple[str, ...], Tail()]
     """The new program's arguments as the kernel laid them out, up to 16 KiB; for a script they
-    begin with its interpreter.  The last one is cut short if `args_truncated`."""
+    begin with its interpreter.  After a failure, those that the caller gave.  The last one is cut
+    short if `args_truncated`."""
     args_size: U32
-    """Bytes of all arguments, each with its NUL, however many of them are here."""
+    """Bytes of all arguments, each with its NUL, however many of them are here; after a failure, of those read."""
     args_truncated: Flag
     """Whether there were more than 16 KiB of them."""
+    args_unreadable: Flag
+    """Whether they could not be read: not there, or not in memory.  Those before the first such one are here."""
+    retval: I32
+    """0, or what the call returned instead: a negative errno."""
+    error: Annotated[str, Computed(_errno_name, ("retval",))]
+    """The errno's name, such as ENOENT; empty for a success."""
+    by_descriptor: Flag
+    """Whether a descriptor, or a path from one, was given (execveat): `filename` then begins with
+    /dev/fd/, or in a failure is what was given beside the descriptor."""
+    cwd: Annotated[str, Tail(_path)]
+    """The working directory, as the process itself sees it."""
+    cwd_truncated: Flag
+    """Whether `cwd` lacks its beginning: only 40 steps, or 4 KiB, from its end are followed."""
+    parent_comm: Comm
+    """The parent's name."""
+    start_time: Annotated[datetime, WallClock("start_monotonic")]
+    """When the process was made, in UTC."""
+    start_monotonic: U64
+    """The same in nanoseconds of CLOCK_MONOTONIC; with `pid` it names a process for good."""
+    session: U32
+    """Its session."""
+    tty: Annotated[str, Char(16)]
+    """Its controlling terminal as the kernel calls it (pts3 is /dev/pts/3); empty if it has none."""
+    pid_namespace: U32
+    """The inode number of its pid namespace (/proc/PID/ns/pid)."""
+    namespace_pid: U32
+    """Its number there."""
     cgroup_id: U64
     """The inode number of its cgroup in the cgroup v2 hierarchy."""
+    container_id: Annotated[str | None, Computed(of_cgroup, ("cgroup_id",))]
+    """The container that its cgroup belongs to, if its path tells one."""
     cpu: U32
     """The CPU it happened on."""
+    program: U8
+    """Which program saw it: 0 a success, 1 a failed execve, 2 a failed execveat."""
     sequence: U64
-    """Its number among the events of this stream on this CPU, from 0; a gap is a lost event."""
+    """Its number among the events of this stream from this CPU and program, from 0; a gap is a lost event."""
     time: Annotated[datetime, WallClock("monotonic")]
     """When, in UTC: `monotonic` plus the difference of the two clocks when the event was received."""
     monotonic: U64
@@ -61,27 +103,57 @@ class ExecEvent(Event):
 
 
 def trace_execve(
-    *, buffer: str = "auto", buffer_size: int = BUFFER_SIZE, latency: float = LATENCY
+    *,
+    failed: bool = False,
+    pid: int | None = None,
+    ppid: int | None = None,
+    uid: int | None = None,
+    gid: int | None = None,
+    comm: str | None = None,
+    cgroup: str | None = None,
+    exclude_self: bool = False,
+    buffer: Kind = "auto",
+    buffer_size: int = SIZE,
+    max_delay: float = 0,
+    latency: float = LATENCY,
 ) -> EventStream[ExecEvent]:
     """Every successful execve and execveat on this machine, from any thread and in any container.
 
-    `buffer` is the kind of kernel buffer: "ring", or "auto", which is the ring as well.
-    `buffer_size` is its size in bytes; the kernel takes powers of two, so the next one below is
-    used.  `latency` is how many seconds events may gather after the first one woke the stream: 0
+    With `failed`, those that fail as well, each step of a search along PATH (Linux ≥ 5.15, tracefs;
+    x86-64 and arm64; not calls of 32-bit programs).
+
+    Filters work in the kernel: `pid`, `ppid`, `uid`, `gid` as in the events; `comm`, the whole name;
+    `cgroup`, a cgroup v2 directory with its descendants; `exclude_self`, all but this process and
+    those it starts.  `EventStream.set_filters` changes them while the stream runs.
+
+    `buffer` is the kind of kernel buffer: "ring" (Linux ≥ 5.8), "perf", or "auto": the ring where
+    there is one.  `buffer_size` is its size in bytes, in all; the kernel takes powers of two, in a
+    perf buffer for each CPU, so what is used is that much or less.  In a perf buffer events are
+    ordered by time across CPUs; `max_delay` is how many seconds they wait for older ones that are
+    late.  `latency` is how many seconds events may gather after the first one woke the stream: 0
     costs the most CPU.
 
     Nothing is attached until the stream is entered or first iterated; then these may be raised:
     PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8 with BTF or
     with its headers), BccNotFoundError.  ArgumentError at once.
 
-    The stream costs the machine some microseconds for each exec, and nothing otherwise.
+    The stream costs the machine some microseconds for each exec, and nothing otherwise; with
+    `failed`, something for every system call of every process (benchmarks/syscall_tax.py).
     """
-    if buffer not in ("ring", "auto"):
-        raise ArgumentError(f'buffer={buffer!r} is unknown: give "ring" or "auto"')
+    hooks: dict[str, Hook] = {"exec_succeeded": RawTracepoint("sched_process_exec")}
+    if failed:
+        hooks["execve_failed"] = Tracepoint("syscalls", "sys_exit_execve")
+        hooks["execveat_failed"] = Tracepoint("syscalls", "sys_exit_execveat")
     source = ReadyMade(
         BPF_FOLDER / "execve.c",
         ExecEvent,
-        {"exec_succeeded": "sched_process_exec"},
-        ringbuf.buffer_bytes(buffer_size),
+        hooks,
+        cflags=["-DFAILED"] if failed else [],
+        filters=Filters(
+            pid=pid, ppid=ppid, uid=uid, gid=gid, comm=comm, cgroup=cgroup, exclude_self=exclude_self
+        ),
+        buffer=buffer,
+        buffer_size=buffer_size,
+        max_delay=max_delay,
     )
     return EventStream(source, ExecEvent, latency=latency)

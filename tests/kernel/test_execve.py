@@ -18,15 +18,18 @@ import pytest
 from anyio.to_thread import run_sync
 
 from ebpfstream import ExecEvent, trace_execve
+from ebpfstream.kernel.buffers import Kind
 
 pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
 
 TRUE = "/bin/true"
 
 
-async def execs_of(act: Callable[[], Any], wanted: Callable[[ExecEvent], bool]) -> list[ExecEvent]:
+async def execs_of(
+    act: Callable[[], Any], wanted: Callable[[ExecEvent], bool], **options: Any
+) -> list[ExecEvent]:
     """The wanted ones of all execs that happened while `act` ran."""
-    async with trace_execve() as events:
+    async with trace_execve(**options) as events:
         await run_sync(act)
         events.detach()
         found = [event async for event in events if wanted(event)]
@@ -51,7 +54,8 @@ async def exec_of(*argv: str | bytes, **options: Any) -> tuple[ExecEvent, subpro
 
 
 @pytest.mark.timeout(300)
-async def test_ten_thousand_processes_from_several_threads() -> None:
+@pytest.mark.parametrize("buffer", ["ring", "perf"])
+async def test_ten_thousand_processes_from_several_threads(buffer: Kind) -> None:
     """Exactly 10,000 events, each with its own arguments, and the ledger says so."""
     threads, each = 4, 2500
     mark = f"ebpfstream-{os.getpid()}-{time.monotonic_ns()}"
@@ -112,14 +116,31 @@ async def test_what_the_parent_knows() -> None:
         args=(TRUE, "one", "two words", "it's", ""),
         args_size=len(TRUE) + 1 + 4 + 10 + 5 + 1,
         args_truncated=False,
+        args_unreadable=False,
+        retval=0,
+        error="",
+        by_descriptor=False,
+        cwd=str(Path.cwd()),
+        cwd_truncated=False,
+        parent_comm=Path(f"/proc/{os.getpid()}/comm").read_text().strip(),
+        start_time=event.start_time,
+        start_monotonic=event.start_monotonic,
+        session=os.getsid(0),
+        tty=event.tty,
+        pid_namespace=Path("/proc/self/ns/pid").stat().st_ino,
+        namespace_pid=child.pid,
         cgroup_id=event.cgroup_id,
+        container_id=None,
+        program=0,
         cpu=event.cpu,
         sequence=event.sequence,
         time=event.time,
         monotonic=event.monotonic,
     )
     assert event.cpu in os.sched_getaffinity(0)
-    assert monotonic < event.monotonic < time.monotonic_ns()
+    assert monotonic < event.start_monotonic < event.monotonic < time.monotonic_ns()
+    age = (event.time - event.start_time) / timedelta(microseconds=1)
+    assert age == pytest.approx((event.monotonic - event.start_monotonic) / 1000, abs=1)
     slack = timedelta(milliseconds=1)  # between the reading of the two clocks
     assert before - slack < event.time < datetime.now(UTC) + slack
 
@@ -136,6 +157,7 @@ async def test_proc_agrees() -> None:
     try:
         shell = f"echo $$ > {group}/cgroup.procs; exec sleep 0.5 0.01"
         looked_at: dict[str, Any] = {}
+        started: list[int] = []
 
         def act() -> None:
             child = subprocess.Popen(["sh", "-c", shell], stderr=subprocess.DEVNULL)
@@ -147,7 +169,10 @@ async def test_proc_agrees() -> None:
                 args=tuple((proc / "cmdline").read_text().removesuffix("\0").split("\0")),
                 cgroup_id=group.stat().st_ino,
                 ppid=int((proc / "stat").read_text().split()[3]),
+                cwd=str((proc / "cwd").readlink()),
+                session=int((proc / "stat").read_text().split()[5]),
             )
+            started.append(int((proc / "stat").read_text().split()[21]))
             child.wait()
 
         found = await execs_of(act, lambda event: event.pid == looked_at["pid"])
@@ -155,6 +180,10 @@ async def test_proc_agrees() -> None:
         group.rmdir()
     assert [event.comm for event in found] == ["sh", "sleep"]
     assert {name: getattr(found[1], name) for name in looked_at} == looked_at
+    # /proc tells ticks of a clock that goes on while the machine sleeps.
+    slept = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
+    ticks = (found[1].start_monotonic + slept) * os.sysconf("SC_CLK_TCK") // 10**9
+    assert abs(ticks - started[0]) <= 1
 
 
 async def test_another_user() -> None:
@@ -253,6 +282,7 @@ async def test_exec_by_descriptor() -> None:
     assert python.filename == sys.executable
     assert program.args == ("by-descriptor", "x")
     assert program.filename.startswith("/dev/fd/")
+    assert (python.by_descriptor, program.by_descriptor) == (False, True)
 
 
 async def test_exec_by_another_thread_than_the_leader() -> None:

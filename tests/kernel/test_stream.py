@@ -25,14 +25,22 @@ from ebpfstream import (
     StreamClosedError,
     trace_execve,
 )
+from ebpfstream.kernel.buffers import Kind
 from tests.kernel import flood, objects
 from tests.kernel.flood import FloodEvent
 
 pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
 
 
-def flood_stream(folder: Path, target: int, buffer_size: int) -> EventStream[FloodEvent]:
-    return EventStream(flood.source(folder, "flood", target, buffer_size), FloodEvent)
+@pytest.fixture(params=["ring", "perf"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """What is said of one kind of buffer holds for the other."""
+    found: Kind = request.param
+    return found
+
+
+def flood_stream(folder: Path, target: int, buffer_size: int, kind: Kind) -> EventStream[FloodEvent]:
+    return EventStream(flood.source(folder, "flood", target, buffer_size, kind), FloodEvent)
 
 
 def check(event: FloodEvent) -> None:
@@ -42,12 +50,12 @@ def check(event: FloodEvent) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("buffer_size", [1 << 16, 1 << 22])
-async def test_after_a_flood_the_ledger_is_exact(tmp_path: Path, buffer_size: int) -> None:
+async def test_after_a_flood_the_ledger_is_exact(kind: Kind, tmp_path: Path, buffer_size: int) -> None:
     calls = 500_000
     gaps = received = 0
     following: dict[int, int] = {}
     with flood.producing() as producer:
-        async with flood_stream(tmp_path, producer.pid, buffer_size) as events:
+        async with flood_stream(tmp_path, producer.pid, buffer_size, kind) as events:
             async with anyio.create_task_group() as tasks:
 
                 async def produce() -> None:
@@ -73,9 +81,9 @@ async def test_after_a_flood_the_ledger_is_exact(tmp_path: Path, buffer_size: in
     assert sum(following.values()) == received + gaps
 
 
-async def test_what_nobody_asked_for_is_counted_as_unread(tmp_path: Path) -> None:
+async def test_what_nobody_asked_for_is_counted_as_unread(kind: Kind, tmp_path: Path) -> None:
     with flood.producing() as producer:
-        async with flood_stream(tmp_path, producer.pid, 1 << 16) as events:
+        async with flood_stream(tmp_path, producer.pid, 1 << 16, kind) as events:
             producer.start(20_000)
             producer.wait()
             seen = 0
@@ -94,9 +102,9 @@ async def test_what_nobody_asked_for_is_counted_as_unread(tmp_path: Path) -> Non
     assert statistics.unread == statistics.received - 7
 
 
-async def test_events_and_batches_take_turns(tmp_path: Path) -> None:
+async def test_events_and_batches_take_turns(kind: Kind, tmp_path: Path) -> None:
     with flood.producing(cpu=0) as producer:
-        async with flood_stream(tmp_path, producer.pid, 1 << 22) as events:
+        async with flood_stream(tmp_path, producer.pid, 1 << 22, kind) as events:
             producer.start(5000)
             producer.wait()
             events.detach()
@@ -116,7 +124,7 @@ async def test_events_and_batches_take_turns(tmp_path: Path) -> None:
     assert events.statistics().delivered == 5000
 
 
-async def test_other_tasks_run_under_a_flood(tmp_path: Path) -> None:
+async def test_other_tasks_run_under_a_flood(kind: Kind, tmp_path: Path) -> None:
     """And a deadline takes effect, though the buffer is never empty."""
     ticks = 0
 
@@ -127,7 +135,7 @@ async def test_other_tasks_run_under_a_flood(tmp_path: Path) -> None:
             ticks += 1
 
     with flood.producing() as producer:
-        async with flood_stream(tmp_path, producer.pid, 1 << 20) as events:
+        async with flood_stream(tmp_path, producer.pid, 1 << 20, kind) as events:
             producer.start(100_000_000)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(tick)
@@ -141,8 +149,8 @@ async def test_other_tasks_run_under_a_flood(tmp_path: Path) -> None:
     assert statistics.delivered > 1000
 
 
-async def test_latency_zero_and_an_idle_stream() -> None:
-    async with trace_execve(latency=0) as events:
+async def test_latency_zero_and_an_idle_stream(kind: Kind) -> None:
+    async with trace_execve(latency=0, buffer=kind) as events:
         with anyio.move_on_after(0.3):
             async for _ in events:
                 pass
@@ -214,8 +222,8 @@ async def test_cancelled_while_it_waits_and_while_it_opens() -> None:
 
 
 async def test_wrong_use() -> None:
-    with pytest.raises(ArgumentError, match='buffer=\'foo\' is unknown: give "ring" or "auto"'):
-        trace_execve(buffer="foo")
+    with pytest.raises(ArgumentError, match='buffer=\'foo\' is unknown: give "ring", "perf" or "auto"'):
+        trace_execve(buffer="foo")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="buffer_size=-1 is impossible"):
         trace_execve(buffer_size=-1)
     with pytest.raises(ArgumentError, match="latency=-1 is impossible"):
@@ -373,26 +381,26 @@ async def test_the_kernel_detaches_when_the_process_ends(end: str) -> None:
         assert child.stdout is not None
         assert await run_sync(child.stdout.readline) == b"attached\n"
         kinds = {kind: objects.held(kind, child.pid) for kind in ("link", "prog", "map")}
-        assert [len(ids) for ids in kinds.values()] == [1, 1, 3]
+        assert [len(ids) for ids in kinds.values()] == [1, 1, 4]
         _, errors = await run_sync(child.communicate, b"\n")
     assert errors == b""
     assert child.returncode == (-signal.SIGKILL if end == "kill" else 0)
     await gone(kinds)
 
 
-async def test_nothing_is_left_after_many_rounds() -> None:
+async def test_nothing_is_left_after_many_rounds(kind: Kind) -> None:
     kinds: dict[str, set[int]] = {"link": set(), "prog": set(), "map": set()}
 
     async def round_trip() -> None:
-        async with trace_execve() as events:
+        async with trace_execve(buffer=kind) as events:
             await run_sync(lambda: subprocess.run(["/bin/true"], check=True))
             async for _ in events:
-                for kind, ids in kinds.items():
-                    ids |= objects.held(kind)
+                for name, ids in kinds.items():
+                    ids |= objects.held(name)
                 break
 
     def own() -> tuple[list[str], int]:
-        return sorted(os.listdir("/proc/self/fd")), mapped("bpf-map")
+        return sorted(os.listdir("/proc/self/fd")), mapped("bpf-map") + mapped("perf_event")
 
     await round_trip()
     before, threads = own(), threading.active_count()
@@ -400,7 +408,7 @@ async def test_nothing_is_left_after_many_rounds() -> None:
         await round_trip()
     assert own() == before
     assert threading.active_count() <= threads  # idle workers end by themselves
-    assert [len(ids) for ids in kinds.values()] == [21, 21, 63]
+    assert [len(ids) for ids in kinds.values()] == [21, 21, 84]
     await gone(kinds)
     assert children() == []
 

@@ -13,7 +13,7 @@ import click
 from ebpfstream import __version__
 from ebpfstream.errors import EbpfStreamError, SinkClosedError
 from ebpfstream.forwarding import forward
-from ebpfstream.kernel.buffers import SIZE, Kind
+from ebpfstream.kernel.buffers import SIZE
 from ebpfstream.sinks.stdout import Format, StdoutSink
 from ebpfstream.stream import EventStream
 from ebpfstream.tracers.execve import trace_execve
@@ -61,7 +61,15 @@ def main() -> None:
     show_default=True,
     help="Kind of the kernel's buffer.",
 )
-def execve(count: int | None, format: Format | None, buffer_size: int, buffer: Kind) -> None:
+@click.option("--failed", is_flag=True, help="Show execs that fail as well; see the README for the cost.")
+@click.option("--pid", type=int, help="Only this process.")
+@click.option("--ppid", type=int, help="Only children of this process.")
+@click.option("--uid", type=int, help="Only this user.")
+@click.option("--gid", type=int, help="Only this group.")
+@click.option("--comm", help="Only processes of this name.")
+@click.option("--cgroup", metavar="PATH", help="Only this cgroup v2 and those below it.")
+@click.option("--include-self", is_flag=True, help="Show what this command itself executes, too.")
+def execve(count: int | None, format: Format | None, include_self: bool, **options: Any) -> None:
     r"""Show every program that this machine executes.
 
     \b
@@ -72,7 +80,7 @@ def execve(count: int | None, format: Format | None, buffer_size: int, buffer: K
     is written, and the last line on standard error says how many events there were and how many
     were lost.
     """
-    events = trace_execve(buffer=buffer, buffer_size=buffer_size)
+    events = trace_execve(exclude_self=not include_self, **options)
     sink = StdoutSink(format or ("text" if os.isatty(1) else "json"))
     try:
         ended_by = anyio.run(_ship, events, sink, count)

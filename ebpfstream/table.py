@@ -24,7 +24,7 @@ class Table:
     """Turns batches into lines; the first lines begin with a heading.
 
     Shows those of the usual columns that the event type has (time of day, pid, ppid, uid, comm,
-    message), or all its fields if it has none of them.
+    message, after a failure with its error), or all its fields if it has none of them.
     """
 
     def __init__(self, *, colour: bool) -> None:
@@ -39,8 +39,14 @@ class Table:
             self._columns = [column for column in _COLUMNS if column[0] in names]
             self._columns = self._columns or [(name, len(name), "") for name in names]
             lines.append(self._line([name.upper() for name, _, _ in self._columns], "1"))
-        lines += [self._line([getattr(event, name) for name, _, _ in self._columns]) for event in batch]
+        lines += [self._line(self._values(event)) for event in batch]
         return "".join(lines).encode()
+
+    def _values(self, event: Any) -> list[Any]:
+        values = [getattr(event, name) for name, _, _ in self._columns]
+        if error := getattr(event, "error", ""):
+            values[-1] = f"({error}) {values[-1]}"
+        return values
 
     def _line(self, values: list[Any], heading: str = "") -> str:
         cells = []

@@ -141,6 +141,22 @@ def test_on_a_terminal() -> None:
     assert re.search(rb"\x1b(?!\[\d+m)|\x07", shown) is None
 
 
+def test_filters_and_failures() -> None:
+    with running("--failed", "--ppid", str(os.getpid()), "--format", "text") as command:
+        with pytest.raises(FileNotFoundError):
+            subprocess.run(["/nonexistent/program", "word"])
+        with subprocess.Popen(["sh", "-c", "/bin/true not-ours; exit 0"]) as shell:
+            shell.wait()
+        command.send_signal(signal.SIGINT)
+        output, errors = command.communicate(timeout=30)
+    assert b"(ENOENT) /nonexistent/program word\n" in output
+    assert b"exit 0" in output
+    assert b"/bin/true not-ours\n" not in output
+    ledger = LEDGER.match(errors.decode())
+    assert ledger is not None
+    assert "rejected by filters" in ledger[5]
+
+
 def test_errors_are_messages() -> None:
     done = subprocess.run([*COMMAND, "execve", "--buffer-size", "17"], capture_output=True, text=True)
     assert done.returncode == 1

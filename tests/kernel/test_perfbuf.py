@@ -14,9 +14,10 @@ import pytest
 from anyio.to_thread import run_sync
 
 from ebpfstream import EventStream
-from ebpfstream.errors import ArgumentError
-from ebpfstream.kernel import perfbuf
+from ebpfstream.errors import ArgumentError, UnsupportedError
+from ebpfstream.kernel import buffers, perfbuf
 from ebpfstream.kernel.perfbuf import PerfBuffer
+from ebpfstream.kernel.ringbuf import RingBuffer
 from ebpfstream.loader import ReadyMade
 from tests.kernel import flood
 from tests.kernel.flood import FloodEvent
@@ -217,6 +218,19 @@ async def test_a_cpu_that_goes_and_comes_back(tmp_path: Path) -> None:
         statistics = events.statistics()
     assert statistics.tried == statistics.delivered == 310
     assert statistics.lost == 0
+
+
+async def test_auto_is_perf_where_there_is_no_ring_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Linux before 5.8, which is not at hand."""
+
+    def refuse(size: int) -> RingBuffer:
+        raise UnsupportedError("no BPF ring buffer")
+
+    assert isinstance(buffers.create("auto", 1 << 20, 0), RingBuffer)
+    monkeypatch.setattr(RingBuffer, "create", refuse)
+    assert isinstance(buffers.create("auto", 1 << 20, 0), PerfBuffer)
+    with pytest.raises(UnsupportedError):
+        buffers.create("ring", 1 << 20, 0)
 
 
 def test_closing_gives_everything_back() -> None:

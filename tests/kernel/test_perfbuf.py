@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import anyio
@@ -226,9 +227,11 @@ async def test_auto_is_perf_where_there_is_no_ring_buffer(monkeypatch: pytest.Mo
     def refuse(size: int) -> RingBuffer:
         raise UnsupportedError("no BPF ring buffer")
 
-    assert isinstance(buffers.create("auto", 1 << 20, 0), RingBuffer)
+    with closing(buffers.create("auto", 1 << 20, 0)) as ring:
+        assert isinstance(ring, RingBuffer)
     monkeypatch.setattr(RingBuffer, "create", refuse)
-    assert isinstance(buffers.create("auto", 1 << 20, 0), PerfBuffer)
+    with closing(buffers.create("auto", 1 << 20, 0)) as perf:
+        assert isinstance(perf, PerfBuffer)
     with pytest.raises(UnsupportedError):
         buffers.create("ring", 1 << 20, 0)
 

@@ -23,8 +23,8 @@ import anyio
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ebpfstream import EventStream
-from ebpfstream.kernel.bpf import RawTracepoint
 from ebpfstream.kernel.buffers import Kind
+from ebpfstream.kernel.links import RawTracepoint
 from ebpfstream.loader import ReadyMade
 from tests.kernel import flood
 from tests.kernel.flood import FloodEvent

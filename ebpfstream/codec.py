@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from ebpfstream import text
 from ebpfstream.errors import DecodeError
 from ebpfstream.events import LENGTH_SUFFIX, Char, Computed, Integer, Layout, Tail, WallClock, layout
-
-if TYPE_CHECKING:
-    from ebpfstream.batch import Records
+from ebpfstream.records import Records
 
 # Events of one list: few enough to die before the garbage collector looks for them (its first
 # threshold is 700 in Python 3.11) and while they are in the cache.

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 from ebpfstream.codec import misfit
 from ebpfstream.errors import EbpfStreamError, EventTypeError
 from ebpfstream.events import Integer, Member, Tail, layout
+from ebpfstream.records import Records
 
 if TYPE_CHECKING:
     import numpy
-
-    from ebpfstream.batch import Records
 
 
 def to_numpy(event_type: type[Any], records: Records) -> numpy.ndarray[Any, Any]:

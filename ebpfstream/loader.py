@@ -15,9 +15,10 @@ from ebpfstream.events import Event, c_struct
 from ebpfstream.filters import SIZE as FILTERS_SIZE
 from ebpfstream.filters import Filters
 from ebpfstream.kernel import buffers, compiler
-from ebpfstream.kernel.bpf import Hook, Link, Map, MapType, Program, ProgramType, RawTracepoint
+from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType
 from ebpfstream.kernel.buffers import Buffer, Kind
 from ebpfstream.kernel.compiler import Module
+from ebpfstream.kernel.links import Hook, Link, RawTracepoint
 
 BPF_FOLDER: Final = Path(__file__).parent / "bpf"
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfstream import text
-from ebpfstream.batch import EventBatch, Records, Run
+from ebpfstream.batch import EventBatch
 from ebpfstream.errors import DecodeError, EventTypeError
 from ebpfstream.events import (
     I8,
@@ -32,6 +32,7 @@ from ebpfstream.events import (
     c_struct,
     layout,
 )
+from ebpfstream.records import Records, Run
 
 
 @dataclass

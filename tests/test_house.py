@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up.  A module imports from lines above its own; within a line only the modules of
 # one package that is listed in PACKAGES import one another.
 LAYERS = (
-    ("errors", "text", "statistics"),
+    ("errors", "records", "text", "statistics"),
     ("events",),
     ("codec",),
     ("columns",),

@@ -20,9 +20,10 @@ from typing import Annotated
 import anyio
 import pytest
 
-from ebpfstream.batch import EventBatch, Records
+from ebpfstream.batch import EventBatch
 from ebpfstream.errors import ArgumentError, SinkClosedError, SinkError
 from ebpfstream.events import U32, Char, Comm, Event
+from ebpfstream.records import Records
 from ebpfstream.sinks.stdout import StdoutSink
 
 pytestmark = pytest.mark.anyio

@@ -1,4 +1,4 @@
-"""The bpf(2) system call: maps, programs, and the links that attach them.
+"""The bpf(2) system call: maps and programs, and what it takes to reach the kernel.
 
 Layouts are those of `union bpf_attr` and `struct bpf_prog_info` in include/uapi/linux/bpf.h.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import platform
 import resource
@@ -16,10 +15,9 @@ from collections.abc import Mapping
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from ebpfstream.errors import AttachError, LoadError, PrivilegeError, UnsupportedError
-from ebpfstream.kernel.tracefs import tracepoint_id
+from ebpfstream.errors import LoadError, PrivilegeError, UnsupportedError
 
 # From each architecture's table of system calls.
 _SYSCALLS: Final = {
@@ -31,7 +29,7 @@ _SYSCALLS: Final = {
 }
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5
-_OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN = 15, 17
+_OBJ_GET_INFO_BY_FD = 15
 
 _INSTRUCTION: Final = struct.Struct("<BBhi")  # struct bpf_insn: code, dst_reg:4 src_reg:4, off, imm
 _LD_IMM64: Final = 0x18  # BPF_LD | BPF_DW | BPF_IMM, the one instruction that fills two slots
@@ -42,8 +40,6 @@ _LOG_LINES_SHOWN = 12
 
 _MEMBARRIER_CMD_GLOBAL = 1
 _PERF_FLAG_FD_CLOEXEC = 8
-_PERF_TYPE_TRACEPOINT = 2
-_PERF_EVENT_IOC_SET_BPF, _PERF_EVENT_IOC_ENABLE = 0x40042408, 0x2400
 
 _BPF_F_NO_PREALLOC = 1
 
@@ -120,7 +116,7 @@ class Map(Descriptor):
             0,
             name.encode()[:15],
         )
-        fd = _bpf(_MAP_CREATE, attributes)
+        fd = bpf(_MAP_CREATE, attributes)
         if fd < 0:
             code = ctypes.get_errno()
             if code == errno.EPERM:
@@ -141,10 +137,7 @@ class Map(Descriptor):
         if self.type is MapType.PERCPU_ARRAY:
             size = (size + 7 & ~7) * possible_cpus()
         value = ctypes.create_string_buffer(size)
-        if (
-            _bpf(_MAP_LOOKUP, struct.pack("<IIQQQ", self.fd, 0, _address(key), ctypes.addressof(value), 0))
-            < 0
-        ):
+        if bpf(_MAP_LOOKUP, struct.pack("<IIQQQ", self.fd, 0, address(key), ctypes.addressof(value), 0)) < 0:
             code = ctypes.get_errno()
             if code == errno.ENOENT:
                 return None
@@ -153,7 +146,7 @@ class Map(Descriptor):
 
     def update(self, key: bytes, value: bytes) -> None:
         """Set the value at `key`."""
-        if _bpf(_MAP_UPDATE, struct.pack("<IIQQQ", self.fd, 0, _address(key), _address(value), 0)) < 0:
+        if bpf(_MAP_UPDATE, struct.pack("<IIQQQ", self.fd, 0, address(key), address(value), 0)) < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
@@ -188,14 +181,14 @@ class Program(Descriptor):
         def attempt(log: ctypes.Array[ctypes.c_char] | None) -> int:
             # Without a log first: writing one makes verification several times slower.
             license_text = license.encode() + b"\0"
-            return _bpf(
+            return bpf(
                 _PROG_LOAD,
                 struct.pack(
                     "<IIQQIIQII16sII",
                     type,
                     len(code) // _INSTRUCTION.size,
-                    _address(code),
-                    _address(license_text),
+                    address(code),
+                    address(license_text),
                     1 if log is not None else 0,
                     len(log) if log is not None else 0,
                     ctypes.addressof(log) if log is not None else 0,
@@ -232,75 +225,9 @@ class Program(Descriptor):
         """
         info = ctypes.create_string_buffer(216)
         request = struct.pack("<IIQ", self.fd, len(info), ctypes.addressof(info))
-        if _bpf(_OBJ_GET_INFO_BY_FD, request) < 0 or _kernel_release() < (5, 12):
+        if bpf(_OBJ_GET_INFO_BY_FD, request) < 0 or _kernel_release() < (5, 12):
             return None
         return int(struct.unpack_from("<Q", info.raw, 208)[0])
-
-
-class RawTracepoint(NamedTuple):
-    """A hook: the raw tracepoint of this name.  Linux ≥ 4.17."""
-
-    name: str
-
-
-class Tracepoint(NamedTuple):
-    """A hook: the tracepoint `category:name`.  Linux ≥ 4.7."""
-
-    category: str
-    name: str
-
-
-Hook = RawTracepoint | Tracepoint
-
-
-class Link(Descriptor):
-    """What keeps a program attached; closing it detaches."""
-
-    __slots__ = ()
-
-    @classmethod
-    def attach(cls, program: Program, hook: Hook) -> Link:
-        """Attach a program that was loaded for this kind of hook.  Raises AttachError, PrivilegeError."""
-        if isinstance(hook, RawTracepoint):
-            return cls.raw_tracepoint(program, hook.name)
-        return cls.tracepoint(program, hook.category, hook.name)
-
-    @classmethod
-    def tracepoint(cls, program: Program, category: str, name: str) -> Link:
-        """Attach to the tracepoint `category:name`.  Raises AttachError, PrivilegeError."""
-        # The program runs on every CPU, whichever the event itself is on.
-        attributes = struct.pack("<IIQQ", _PERF_TYPE_TRACEPOINT, 64, tracepoint_id(category, name), 1)
-        fd = perf_event_open(attributes.ljust(64, b"\0"), online_cpus()[0])
-        if fd < 0:
-            code = ctypes.get_errno()
-            if code in (errno.EPERM, errno.EACCES):
-                raise privilege_error()
-            raise AttachError(f"the tracepoint {category}:{name} cannot be opened: {os.strerror(code)}")
-        link = cls(fd)
-        try:
-            fcntl.ioctl(fd, _PERF_EVENT_IOC_SET_BPF, program.fd)
-            fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)
-        except OSError as error:
-            raise AttachError(
-                f"{program.name} cannot be attached to the tracepoint {category}:{name}: {error.strerror}"
-            ) from error
-        return link
-
-    @classmethod
-    def raw_tracepoint(cls, program: Program, name: str) -> Link:
-        """Attach to the raw tracepoint `name`.  Raises AttachError.  Linux ≥ 4.17."""
-        target = name.encode() + b"\0"
-        fd = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", _address(target), program.fd, 0))
-        if fd < 0:
-            code = ctypes.get_errno()
-            if code == errno.EPERM:
-                raise privilege_error()
-            reason = "there is no such tracepoint" if code == errno.ENOENT else os.strerror(code)
-            raise AttachError(
-                f"{program.name} cannot be attached to the raw tracepoint {name!r}: {reason} "
-                f"(Linux {os.uname().release})"
-            )
-        return cls(fd)
 
 
 def perf_event_open(attributes: bytes, cpu: int) -> int:
@@ -320,7 +247,7 @@ def wait_for_running_programs() -> None:
         return
     inner = Map.create("wait_inner", MapType.ARRAY, key_size=4, value_size=4, max_entries=1)
     attributes = struct.pack("<IIIIIII16s", MapType.ARRAY_OF_MAPS, 4, 4, 1, 0, inner.fd, 0, b"wait_outer")
-    outer = Map(_bpf(_MAP_CREATE, attributes), MapType.ARRAY_OF_MAPS, 4, 4, 1)
+    outer = Map(bpf(_MAP_CREATE, attributes), MapType.ARRAY_OF_MAPS, 4, 4, 1)
     try:
         outer.update(bytes(4), struct.pack("<I", inner.fd))
     finally:
@@ -388,7 +315,8 @@ def privilege_error() -> PrivilegeError:
     return PrivilegeError(message)
 
 
-def _bpf(command: int, attributes: bytes) -> int:
+def bpf(command: int, attributes: bytes) -> int:
+    """Make the system call: what it returns, or -1 and errno."""
     buffer = ctypes.create_string_buffer(attributes, max(len(attributes), 120))
     for _ in range(2):
         result = _syscall("bpf", command, buffer, len(buffer))
@@ -432,6 +360,6 @@ def _syscall(name: str, *arguments: Any) -> int:
     return int(_libc().syscall(_SYSCALLS[machine][name], *arguments))
 
 
-def _address(data: bytes) -> int:
+def address(data: bytes) -> int:
     """Where CPython keeps these bytes; they must be referenced until the call has returned."""
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Final, Literal, Protocol, get_args
 
-from ebpfstream.batch import Records
 from ebpfstream.errors import ArgumentError, UnsupportedError
 from ebpfstream.kernel import perfbuf, ringbuf
 from ebpfstream.kernel.bpf import Map, online_cpus
 from ebpfstream.kernel.perfbuf import PerfBuffer
 from ebpfstream.kernel.ringbuf import RingBuffer
+from ebpfstream.records import Records
 
 Kind = Literal["auto", "ring", "perf"]
 

@@ -1,24 +1,13 @@
-"""Perf buffers: a ring for each CPU, read through its memory.  Linux ≥ 4.4; sample times ≥ 4.1.
-
-Layout (include/uapi/linux/perf_event.h, `struct perf_event_mmap_page`): one page with the positions
-`data_head` (the kernel's) and `data_tail` (ours) at byte 1024, then the data, a power of two of
-pages, once: a record may wrap.  A record is a header of u32 type, u16 misc, u16 size; a sample's is
-followed by the time, a u32 length, and the sample with up to 7 bytes of padding whose number nobody tells.
-"""
+"""Perf buffers: a ring for each CPU, read as one.  Linux ≥ 4.4."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
 import mmap
-import os
 import re
 import select
 import socket
 import struct
 import time
-from bisect import bisect_right
 from itertools import groupby
 from typing import Final
 
@@ -26,27 +15,12 @@ import anyio
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
-from ebpfstream.batch import Records, Run
-from ebpfstream.errors import ArgumentError, LoadError, PrivilegeError
+from ebpfstream.errors import ArgumentError
 from ebpfstream.kernel import bpf
-from ebpfstream.kernel.bpf import Descriptor, Map, MapType
+from ebpfstream.kernel.bpf import Map, MapType
 from ebpfstream.kernel.ordering import barrier
-from ebpfstream.kernel.runs import equal_headers
-
-# Before a sample: the record's header, the time, the length.
-_PREFIX: Final = 8 + 8 + 4
-# The length is rounded up, so that the record's is a multiple of 8 (bpf_event_output(), kernel/trace/bpf_trace.c).
-_PADDING_MAX: Final = 7
-_RECORD_MAX: Final = 1 << 16  # the header's size is a u16
-
-_PERF_RECORD_LOST, _PERF_RECORD_SAMPLE = 2, 9
-_LOST: Final = struct.Struct("<8xQQ")  # id, lost
-
-_IOC_ENABLE, _IOC_SET_OUTPUT = 0x2400, 0x2405
-_NEVER: Final = 0x7FFFFFFF
-
-_ATTR_SIZE: Final = 112  # PERF_ATTR_SIZE_VER5
-_ATTRIBUTES: Final = struct.Struct("<IIQQQQQIIQQQQIi")
+from ebpfstream.kernel.perfring import PADDING_MAX, PREFIX, RECORD_MAX, Event, Part, Ring
+from ebpfstream.records import Records, Run
 
 _CAME: Final = re.compile(rb"online@/devices/system/cpu/cpu(\d+)\0")
 
@@ -69,152 +43,6 @@ def ring_bytes(requested: int, cpus: int) -> int:
     return 1 << ((requested // cpus).bit_length() - 1)
 
 
-class _Event(Descriptor):
-    """A perf event to which programs on one CPU may submit."""
-
-    __slots__ = ()
-
-    @classmethod
-    def open(cls, cpu: int, wakeup_events: int) -> _Event:
-        attributes = _ATTRIBUTES.pack(
-            1,  # type: PERF_TYPE_SOFTWARE
-            _ATTR_SIZE,
-            10,  # config: PERF_COUNT_SW_BPF_OUTPUT
-            1,  # sample_period
-            1 << 10 | 1 << 2,  # sample_type: PERF_SAMPLE_RAW | PERF_SAMPLE_TIME
-            0,  # read_format
-            1 << 25,  # use_clockid
-            wakeup_events,
-            *[0] * 6,
-            time.CLOCK_MONOTONIC,
-        )
-        fd = bpf.perf_event_open(attributes.ljust(_ATTR_SIZE, b"\0"), cpu)
-        if fd < 0:
-            code = ctypes.get_errno()
-            if code in (errno.EPERM, errno.EACCES):
-                raise bpf.privilege_error()
-            raise LoadError(f"the kernel refused a perf event on CPU {cpu}: {os.strerror(code)}")
-        return cls(fd)
-
-
-class _Ring:
-    """One CPU's ring, with two events that submit to it: one wakes for each record, one for none."""
-
-    def __init__(self, cpu: int, size: int) -> None:
-        self.cpu = cpu
-        self.size = size
-        self.lost = 0
-        self.seen = 0
-        self.retired = False  # its CPU went, and came back with another ring
-        self.waking = _Event.open(cpu, 1)
-        self.gathering = _Event.open(cpu, _NEVER)
-        try:
-            self._memory = mmap.mmap(
-                self.waking.fd, mmap.PAGESIZE + size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
-            )
-        except OSError as error:
-            if error.errno != errno.EPERM:
-                raise
-            raise PrivilegeError(
-                f"the kernel does not let this process lock {size} bytes for a perf buffer on each CPU: give it "
-                "CAP_IPC_LOCK, raise RLIMIT_MEMLOCK or kernel.perf_event_mlock_kb, or ask for a smaller buffer_size"
-            ) from error
-        fcntl.ioctl(self.gathering.fd, _IOC_SET_OUTPUT, self.waking.fd)
-        fcntl.ioctl(self.waking.fd, _IOC_ENABLE, 0)
-        fcntl.ioctl(self.gathering.fd, _IOC_ENABLE, 0)
-        memory = memoryview(self._memory)
-        self._head = memory[1024:1032].cast("Q")
-        self._tail = memory[1032:1040].cast("Q")
-        self._data = memory[mmap.PAGESIZE :]
-
-    def pending(self) -> int:
-        return self._head[0] - self._tail[0]
-
-    def look(self) -> int:
-        """Bytes that may be copied once the caller has put a barrier behind this."""
-        self.seen = self.pending()
-        return self.seen
-
-    def copy(self, limit: int) -> bytes:
-        """The oldest bytes of those seen, `limit` at most."""
-        start = self._tail[0] & (self.size - 1)
-        length = min(self.seen, limit)
-        data = self._data
-        if start + length <= self.size:
-            return bytes(data[start : start + length])
-        return b"".join((data[start:], data[: start + length - self.size]))
-
-    def release(self, length: int) -> None:
-        """Give space back; the caller has put a barrier behind the copying."""
-        self._tail[0] += length
-
-    def close(self) -> None:
-        for view in (self._head, self._tail, self._data):
-            view.release()
-        self._memory.close()
-        self.waking.close()
-        self.gathering.close()
-
-
-class _Part:
-    """What was copied from one ring: its samples, in runs, and what the kernel says it lost there."""
-
-    def __init__(self, ring: _Ring, data: bytes) -> None:
-        self.ring = ring
-        self._words = memoryview(data).cast("Q")
-        self.lost: list[tuple[int, int]] = []  # where, how many
-        runs: list[Run] = []
-        position, end = 0, len(data)
-        while position < end:
-            header = self._words[position >> 3]
-            size = header >> 48
-            if position + size > end:  # cut by the limit
-                break
-            kind = header & 0xFFFFFFFF
-            if kind == _PERF_RECORD_SAMPLE:
-                count = equal_headers(self._words, position >> 3, size >> 3, (end - size >> 3) + 1)
-                runs.append((position, size, size - _PREFIX, count))
-                position += size * count
-                continue
-            if kind == _PERF_RECORD_LOST:
-                self.lost.append((position, _LOST.unpack_from(data, position)[1]))
-            position += max(size, 8)
-        self.records = Records(data, _PREFIX, runs, padding=_PADDING_MAX)
-        self.end = position
-        self.count = sum(run[3] for run in runs)
-
-    def first_time(self) -> int:
-        return self._words[(self.records.runs[0][0] >> 3) + 1]
-
-    def last_time(self) -> int:
-        position, stride, _, count = self.records.runs[-1]
-        return self._words[(position + stride * (count - 1) >> 3) + 1]
-
-    def times(self) -> list[int]:
-        times: list[int] = []
-        for position, stride, _, count in self.records.runs:
-            first, step = (position >> 3) + 1, stride >> 3
-            times += self._words[first : first + step * (count - 1) + 1 : step].tolist()
-        return times
-
-    def keep_until(self, horizon: int) -> None:
-        """Leave what is younger than the horizon in the ring."""
-        if not self.count or self.last_time() <= horizon:
-            return
-        self.count = bisect_right(self.times(), horizon)
-        self.records = self.records.cut(0, self.count)
-        if self.count:
-            position, stride, _, count = self.records.runs[-1]
-            self.end = position + stride * count
-        else:
-            self.end = 0
-
-    def take(self) -> None:
-        """Give the space back, and count what the kernel lost before its end."""
-        self.ring.release(self.end)
-        self.ring.lost += sum(lost for position, lost in self.lost if position < self.end)
-
-
 class PerfBuffer:
     """Reads the rings of all CPUs as one buffer, ordered by the time at which the kernel took each sample.
 
@@ -232,8 +60,8 @@ class PerfBuffer:
         self._max_delay = round(max_delay * 1e9)
         cpus = bpf.online_cpus()
         self._ring_size = ring_bytes(size, len(cpus))
-        self._rings: list[_Ring] = []
-        self._gathering: set[_Ring] = set()
+        self._rings: list[Ring] = []
+        self._gathering: set[Ring] = set()
         self._unsettled = False
         self._holding_back = True
         self._latest = 0
@@ -267,12 +95,12 @@ class PerfBuffer:
             raise
 
     def _add(self, cpu: int) -> None:
-        ring = _Ring(cpu, self._ring_size)
+        ring = Ring(cpu, self._ring_size)
         self._rings.append(ring)
         self._epoll.register(ring.waking.fd, select.EPOLLIN)
         self._use(ring, ring.waking)
 
-    def _use(self, ring: _Ring, event: _Event) -> None:
+    def _use(self, ring: Ring, event: Event) -> None:
         self._output.update(struct.pack("<I", ring.cpu), struct.pack("<I", event.fd))
 
     @property
@@ -300,8 +128,8 @@ class PerfBuffer:
         horizon = time.monotonic_ns() - self._max_delay if self._holding_back else 1 << 64
         filled = [ring for ring in self._rings if ring.look()]
         self._barrier()
-        limit = max(limit // len(filled) & ~7, _RECORD_MAX) if filled else 0
-        parts = [_Part(ring, ring.copy(limit)) for ring in filled]
+        limit = max(limit // len(filled) & ~7, RECORD_MAX) if filled else 0
+        parts = [Part(ring, ring.copy(limit)) for ring in filled]
         for part in parts:
             if part.count and part.ring.seen > part.end:
                 # What is left there may be older than what is younger than this elsewhere.
@@ -319,7 +147,7 @@ class PerfBuffer:
         parts = [part for part in parts if part.count]
         return self._merged(parts) if parts else None
 
-    def _merged(self, parts: list[_Part]) -> Records:
+    def _merged(self, parts: list[Part]) -> Records:
         """The parts as one, by time."""
         if len(parts) == 1:
             records = parts[0].records
@@ -347,12 +175,12 @@ class PerfBuffer:
             count = sum(1 for _ in group)
             runs.append((position, stride, size, count))
             position += stride * count
-        return Records(b"".join([pieces[index][0] for index in order]), _PREFIX, runs, padding=_PADDING_MAX)
+        return Records(b"".join([pieces[index][0] for index in order]), PREFIX, runs, padding=PADDING_MAX)
 
     def _count_late(self, times: list[int]) -> None:
         self.late += sum(time < self._latest for time in times)
 
-    def _adapt(self, taken: dict[_Ring, int]) -> None:
+    def _adapt(self, taken: dict[Ring, int]) -> None:
         """Gather where much happens, wake where nothing does any more."""
         for ring in self._rings:
             count = taken.get(ring, 0)

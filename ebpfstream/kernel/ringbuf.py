@@ -13,11 +13,11 @@ from typing import Final
 
 import anyio
 
-from ebpfstream.batch import Records, Run
 from ebpfstream.errors import ArgumentError
 from ebpfstream.kernel.bpf import Map, MapType
 from ebpfstream.kernel.ordering import barrier
 from ebpfstream.kernel.runs import equal_headers
+from ebpfstream.records import Records, Run
 
 HEADER_SIZE: Final = 8
 _BUSY: Final = 1 << 31  # BPF_RINGBUF_BUSY_BIT: reserved, not yet submitted

@@ -11,8 +11,8 @@ from ebpfstream import text
 from ebpfstream.containers import of_cgroup
 from ebpfstream.events import I32, U8, U32, U64, Char, Comm, Computed, Event, Flag, Tail, WallClock
 from ebpfstream.filters import Filters
-from ebpfstream.kernel.bpf import Hook, RawTracepoint, Tracepoint
 from ebpfstream.kernel.buffers import SIZE, Kind
+from ebpfstream.kernel.links import Hook, RawTracepoint, Tracepoint
 from ebpfstream.loader import BPF_FOLDER, ReadyMade
 from ebpfstream.stream import LATENCY, EventStream
 from ebpfstream.text import command_line

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from ebpfstream.events import U32, U64, Event, Tail
-from ebpfstream.kernel.bpf import RawTracepoint
 from ebpfstream.kernel.buffers import Kind
+from ebpfstream.kernel.links import RawTracepoint
 from ebpfstream.loader import ReadyMade
 
 _FOLDER: Final = Path(__file__).parent

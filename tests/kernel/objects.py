@@ -35,7 +35,7 @@ def existing(kind: str, ids: set[int]) -> set[int]:
 
 
 def _exists(kind: str, number: int) -> bool:
-    fd = bpf._bpf(_GET_FD_BY_ID[kind], struct.pack("<III", number, 0, 0))
+    fd = bpf.bpf(_GET_FD_BY_ID[kind], struct.pack("<III", number, 0, 0))
     if fd < 0:
         assert ctypes.get_errno() == 2, os.strerror(ctypes.get_errno())
         return False

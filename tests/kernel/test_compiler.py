@@ -13,7 +13,8 @@ import pytest
 
 from ebpfstream.errors import AttachError, BccNotFoundError, CompileError, LoadError
 from ebpfstream.kernel import bcc, compiler
-from ebpfstream.kernel.bpf import Link, MapType, Program, ProgramType, RawTracepoint
+from ebpfstream.kernel.bpf import MapType, Program, ProgramType
+from ebpfstream.kernel.links import Link, RawTracepoint
 
 pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
 

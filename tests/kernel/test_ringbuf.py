@@ -11,11 +11,11 @@ from pathlib import Path
 import anyio
 import pytest
 
-from ebpfstream.batch import Records
 from ebpfstream.errors import ArgumentError
 from ebpfstream.kernel import ordering, ringbuf
 from ebpfstream.kernel.bpf import wait_for_running_programs
 from ebpfstream.kernel.ringbuf import RingBuffer
+from ebpfstream.records import Records
 from tests.kernel import flood
 
 pytestmark = pytest.mark.kernel

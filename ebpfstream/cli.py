@@ -70,7 +70,7 @@ def main() -> None:
 @click.option("--cgroup", metavar="PATH", help="Only this cgroup v2 and those below it.")
 @click.option("--include-self", is_flag=True, help="Show what this command itself executes, too.")
 def execve(count: int | None, format: Format | None, include_self: bool, **options: Any) -> None:
-    r"""Show every program that this machine executes.
+    """Show every program that this machine executes.
 
     \b
     Example: the next ten, with their arguments as a JSON array
@@ -79,7 +79,7 @@ def execve(count: int | None, format: Format | None, include_self: bool, **optio
     Ends with Ctrl-C, SIGTERM, or when nobody reads its output any more; what has happened until then
     is written, and the last line on standard error says how many events there were and how many
     were lost.
-    """
+    """  # noqa: D301  # click wants the character
     events = trace_execve(exclude_self=not include_self, **options)
     sink = StdoutSink(format or ("text" if os.isatty(1) else "json"))
     try:

@@ -28,12 +28,11 @@ async def forward(stream: EventStream[E_co], *sinks: Sink, count: int | None = N
         for sink in sinks:
             await stack.enter_async_context(sink)
         await stack.enter_async_context(stream)
-        async for batch in stream.batches():
-            part = batch[:count]
+        while batch := await stream.next_batch(count):
             for sink in sinks:
-                await sink.send(part)
+                await sink.send(batch)
             if count is not None:
-                count -= len(part)
+                count -= len(batch)
                 if not count:
                     break
         for sink in sinks:

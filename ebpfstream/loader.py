@@ -161,4 +161,7 @@ class ReadyMade:
 
     def close(self) -> None:
         """Give everything back to the kernel, attached or not."""
+        self._counters = self._filters_map = None
+        self._programs.clear()
+        self._links.clear()
         self._owned.close()

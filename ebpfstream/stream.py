@@ -139,21 +139,29 @@ class EventStream(Generic[E_co]):
         """
         return Batches(self)
 
-    async def next_batch(self) -> EventBatch[E_co] | None:
-        """What `batches()` yields, or None at the end."""
+    async def next_batch(self, most: int | None = None) -> EventBatch[E_co] | None:
+        """What `batches()` yields, or None at the end; not more than `most` events, the others come next."""
         batch = self._rest_in_hand() or await self._next_batch()
-        if batch is not None:
-            self._handed += len(batch)
-        return batch
+        if batch is None:
+            return None
+        part = batch[:most]
+        self._handed += len(part)
+        if len(part) < len(batch):
+            self._batch, self._chunks = batch, batch[most:].decode()
+        return part
 
     def _rest_in_hand(self) -> EventBatch[E_co] | None:
         rest = self._received - self._delivered - self._undecodable
         if self._batch is None or not rest:
             return None
         batch = self._batch[len(self._batch) - rest :]
+        self._put_down()
+        return batch
+
+    def _put_down(self) -> None:
+        """Have nothing in hand any more."""
         self._handed -= length_hint(self._chunk)
         self._chunk, self._chunks, self._batch = iter(()), iter(()), None
-        return batch
 
     @property
     def _delivered(self) -> int:
@@ -300,6 +308,7 @@ class EventStream(Generic[E_co]):
                     while records := self._buffer.drain(_BATCH_BYTES):
                         self._account(EventBatch(self._event_type, records))
                         await checkpoint()
+                self._put_down()
                 self._release()
 
     def _release(self) -> None:

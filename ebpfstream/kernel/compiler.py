@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ebpfstream.kernel.bpf import Map, MapType
 _CHILD: Final = "import sys; sys.path.append(sys.argv[2]); from ebpfstream.kernel import bcc; bcc.main()"
 _PACKAGE_PARENT: Final = Path(__file__).parents[2]
 _ERRORS_SHOWN: Final = 3
+_FD_SPACE: Final = socket.CMSG_SPACE(4 * 253)  # SCM_MAX_FD, include/net/scm.h
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,10 @@ async def _receive(parent: socket.socket, received: list[int]) -> bytes:
     body = bytearray()
     while True:
         await anyio.wait_readable(parent)
-        data, fds, _, _ = socket.recv_fds(parent, 1 << 20, 253, socket.MSG_CMSG_CLOEXEC)
-        received.extend(fds)
+        # socket.recv_fds() does not pass flags on in Python 3.11, and children would inherit the maps.
+        data, ancillary, _, _ = parent.recvmsg(1 << 20, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+        for _, _, fds in ancillary:
+            received.extend(array("i", fds[: len(fds) // 4 * 4]))
         if not data:
             return bytes(body)
         body += data

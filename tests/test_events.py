@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import orjson
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfstream import text
+from ebpfstream import codec, text
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import DecodeError, EventTypeError
 from ebpfstream.events import (
@@ -34,6 +34,9 @@ from ebpfstream.events import (
 )
 from ebpfstream.records import Records, Run
 
+NOON = datetime(2023, 11, 14, 12, tzinfo=UTC)
+OFFSET = int(NOON.timestamp()) * 10**9
+
 
 @dataclass
 class Hello(Event):
@@ -55,6 +58,36 @@ class Mixed(Event):
     rest: Annotated[tuple[str, ...], Tail()]
     when: Annotated[datetime, WallClock("wide")]
     blob: Annotated[bytes, Tail()]
+
+
+def joined(first: str, second: bytes) -> str:
+    return f"{first}+{second.decode()}"
+
+
+@dataclass
+class Spread(Event):
+    """Of fixed length, with every kind of field."""
+
+    wide: U64
+    flag: Flag
+    raw: Annotated[bytes, Char(3)]
+    comm: Comm
+    when: Annotated[datetime, WallClock("wide")]
+    both: Annotated[str, Computed(joined, ("comm", "raw"))]
+    pair: Annotated[tuple[int, str], Computed(lambda number, name: (number, name), ("wide", "comm"))]
+
+
+@dataclass
+class Tailed(Event):
+    """Computed of two fields, one of them a tail."""
+
+    number: U32
+    word: Annotated[str, Tail()]
+    both: Annotated[str, Computed(lambda word, number: f"{word}:{number}", ("word", "number"))]
+
+
+def spread(number: int) -> bytes:
+    return struct.pack("<QB3s16s4x", number * 1_001_000, number % 3, b"abc", f"n{number}".encode())
 
 
 def record(sample: bytes, prefix: int = 8) -> bytes:
@@ -281,3 +314,173 @@ def test_columns() -> None:
         batch_of(Mixed, [mixed(b"", b"", b"")]).to_numpy()
     with pytest.raises(DecodeError):
         batch_of(Hello, [samples[0][:-4]]).to_numpy()
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 128, 129, 257])
+def test_every_kind_of_column_in_every_number(count: int) -> None:
+    """At the edges of what is decoded, and formatted, in one go."""
+    batch = batch_of(Spread, [spread(number) for number in range(count)], offset=OFFSET)
+    times = [NOON + timedelta(microseconds=number * 1001) for number in range(count)]
+    assert list(batch) == [
+        Spread(n * 1_001_000, n % 3 != 0, b"abc", f"n{n}", times[n], f"n{n}+abc", (n * 1_001_000, f"n{n}"))
+        for n in range(count)
+    ]
+    assert [json.loads(line) for line in batch.to_json_lines().splitlines()] == [
+        {
+            "wide": n * 1_001_000,
+            "flag": n % 3 != 0,
+            "raw": "abc",
+            "comm": f"n{n}",
+            "when": f"{times[n]:%Y-%m-%dT%H:%M:%S.%f}Z",
+            "both": f"n{n}+abc",
+            "pair": [n * 1_001_000, f"n{n}"],
+        }
+        for n in range(count)
+    ]
+    assert [len(chunk) for chunk in batch.decode() if isinstance(chunk, list)] == [
+        min(128, count - first) for first in range(0, count, 128)
+    ]
+
+
+def test_chunks_of_events_with_tails() -> None:
+    samples = [mixed(b"w" * (number % 9), b"", b"") for number in range(257)]
+    chunks = list(batch_of(Mixed, samples).decode())
+    assert [len(chunk) for chunk in chunks if isinstance(chunk, list)] == [128, 128, 1]
+
+
+def test_computed_fields_get_their_arguments_in_order() -> None:
+    batch = batch_of(Tailed, [struct.pack("<II", 7, 4) + b"word"])
+    assert list(batch) == [Tailed(7, "word", "word:7")]
+    assert json.loads(batch.to_json_lines()) == {"number": 7, "word": "word", "both": "word:7"}
+
+
+def test_times_of_events_with_tails_and_of_slices() -> None:
+    batch = batch_of(Mixed, [mixed(b"", b"", b"", wide=1_999_999)] * 2, offset=OFFSET)
+    for part in (batch, batch[1:]):
+        assert {event.when for event in part} == {NOON + timedelta(microseconds=1999)}
+        assert {json.loads(line)["when"] for line in part.to_json_lines().splitlines()} == {
+            "2023-11-14T12:00:00.001999Z"
+        }
+
+
+def test_a_flag_is_whatever_is_not_zero() -> None:
+    sample = bytearray(mixed(b"", b"", b""))
+    for value in (0, 1, 2, 255):
+        sample[16] = value
+        batch = batch_of(Mixed, [bytes(sample)])
+        assert next(iter(batch)).flag is bool(value)
+        assert json.loads(batch.to_json_lines())["flag"] is bool(value)
+
+
+def test_a_tail_ends_with_its_sample_and_not_with_the_padding() -> None:
+    """The sample of 41 bytes is followed by 7 of padding."""
+    exact = mixed(b"", b"", b"x")
+    assert next(iter(batch_of(Mixed, [exact]))).blob == b"x"
+    beyond = bytearray(exact)
+    struct.pack_into("<I", beyond, 32, 2)
+    batch = batch_of(Mixed, [bytes(beyond)])
+    message = r"Mixed\.blob \(2 bytes at offset 40\) goes beyond its record of 41 bytes"
+    with pytest.raises(DecodeError, match=message):
+        list(batch)
+    with pytest.raises(DecodeError, match=message):
+        batch.to_json_lines()
+
+
+def test_a_record_that_ends_before_its_tails() -> None:
+    batch = batch_of(Mixed, [mixed(b"", b"", b"")[:32]])
+    message = r"a record of 32 bytes ends before Mixed\.blob_length"
+    with pytest.raises(DecodeError, match=message):
+        list(batch)
+    with pytest.raises(DecodeError, match=message):
+        batch.to_json_lines()
+
+
+def test_a_record_that_ends_within_its_last_field() -> None:
+    """And one that ends right before a field names that, not the field before."""
+    with pytest.raises(DecodeError, match=r"a record of 24 bytes ends before Hello\.message"):
+        list(batch_of(Hello, [hello(1, b"sh")[:24]]))
+    with pytest.raises(DecodeError, match=r"a record of 35 bytes ends before Hello\.message"):
+        list(batch_of(Hello, [hello(1, b"sh")[:35]]))
+
+
+@dataclass(frozen=True)
+class Frozen(Event):
+    pid: U32
+
+
+@dataclass
+class Afterwards(Event):
+    pid: U32
+
+    def __post_init__(self) -> None:
+        self.pid += 1
+
+
+@dataclass(init=False)
+class OwnInit(Event):
+    pid: U32
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid + 2
+
+
+@dataclass
+class Watched(Event):
+    pid: U32
+
+    def __setattr__(self, name: str, value: int) -> None:
+        super().__setattr__(name, value + 3)
+
+
+@pytest.mark.parametrize(("kind", "pid"), [(Frozen, 5), (Afterwards, 6), (OwnInit, 7), (Watched, 8)])
+def test_a_class_with_code_of_its_own_is_called(kind: type[Any], pid: int) -> None:
+    (event,) = batch_of(kind, [struct.pack("<I", 5)])
+    assert type(event) is kind
+    assert event.pid == pid
+    if kind is Frozen:
+        assert hash(event) == hash(Frozen(5))
+
+
+def test_strings_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_CACHED_STRINGS", 4)
+    texts, json_texts, seconds = codec._Texts(), codec._JsonTexts(), codec._Seconds()
+    for number in range(50):
+        name = b"n%d" % number
+        assert texts[name + b"\0rest\0"] == name.decode()
+        assert json_texts[name + b"\0rest\0"] == b'"%b"' % name
+        assert seconds[number] == b"1970-01-01T00:00:%02d" % number
+        assert max(len(texts), len(json_texts), len(seconds)) <= 4
+
+
+def test_withdrawn_records_are_counted_once() -> None:
+    batch = batch_of(Hello, [hello(1, b"sh")] * 2)
+    records = batch.records._replace(discarded=3)
+    assert records.cut(0, 1).discarded == 0
+
+
+def test_errors_stand_between_the_events_that_they_stood_between() -> None:
+    overrun = bytearray(mixed(b"", b"", b""))
+    struct.pack_into("<I", overrun, 24, 100)
+    words = [b"a", b"", b"b", b"c", b"", b"d"]
+    tails = batch_of(Mixed, [mixed(word, b"", b"") if word else bytes(overrun) for word in words])
+    fixed = batch_of(Hello, [hello(1, word) if word else b"short..." for word in words])
+    expected = [["a"], "error", ["b", "c"], "error", ["d"]]
+    found = list(tails.decode())
+    assert [[e.word for e in chunk] if isinstance(chunk, list) else "error" for chunk in found] == expected
+    found = list(fixed.decode())
+    assert [[e.comm for e in chunk] if isinstance(chunk, list) else "error" for chunk in found] == expected
+
+
+@pytest.mark.parametrize("prefix", [8, 12, 20])
+def test_columns_behind_any_prefix(prefix: int) -> None:
+    batch = batch_of(Hello, [hello(number, b"sh") for number in range(3)], prefix)
+    assert batch.to_numpy()["pid"].tolist() == [0, 1, 2]
+
+
+def test_a_tail_that_ends_with_its_record_is_not_the_one_that_leaves_it() -> None:
+    sample = bytearray(mixed(b"word", b"", b""))
+    struct.pack_into("<I", sample, 28, 1)
+    with pytest.raises(
+        DecodeError, match=r"Mixed\.rest \(1 bytes at offset 44\) goes beyond its record of 44 bytes"
+    ):
+        list(batch_of(Mixed, [bytes(sample)]))

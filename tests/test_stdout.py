@@ -12,10 +12,10 @@ import struct
 import termios
 import tty
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import pytest
@@ -50,6 +50,31 @@ def pipe() -> Iterator[tuple[int, int]]:
             os.close(end)
         except OSError:
             pass
+
+
+def refuse_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+@pytest.fixture(params=["pipe", "socket", "file", "another user's pipe"])
+def output(
+    request: pytest.FixtureRequest, pipe: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[int]:
+    with ExitStack() as stack:
+        if request.param == "socket":
+            ends = socket.socketpair()
+            for end in ends:
+                stack.enter_context(end)
+            yield ends[1].fileno()
+        elif request.param == "file":
+            yield stack.enter_context((tmp_path / "out").open("wb")).fileno()
+        else:
+            if request.param != "pipe":
+                refuse_to_open(monkeypatch)
+            yield pipe[1]
 
 
 async def test_a_file(tmp_path: Path) -> None:
@@ -108,11 +133,7 @@ async def test_a_closed_pipe(pipe: tuple[int, int]) -> None:
 async def test_a_pipe_of_another_user(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which cannot be opened once more; root can open any, so the refusal is made up."""
     reader, writer = pipe
-
-    def refuse(*args: object) -> int:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "open", refuse)
+    refuse_to_open(monkeypatch)
     async with StdoutSink(fd=writer) as sink:
         with anyio.move_on_after(0.2) as scope:
             await sink.send(batch(10_000))
@@ -165,3 +186,48 @@ async def test_a_terminal_gets_a_table_and_no_controls(colour: bool, monkeypatch
         "      1 sh              \\u001b[2J\\x9b\\u0007 a\\u0009b\n"
         "      0 sh              plain\n"
     )
+
+
+async def test_leaving_gives_back_what_was_opened_and_nothing_else(output: int) -> None:
+    before = os.listdir("/proc/self/fd")
+    async with StdoutSink(fd=output) as sink:
+        await sink.send(batch(1))
+    assert os.listdir("/proc/self/fd") == before
+    os.write(output, b"after")
+
+
+@pytest.mark.parametrize("output", ["socket", "file"], indirect=True)
+async def test_what_is_no_pipe_has_no_reader_to_lose(output: int) -> None:
+    async with StdoutSink(fd=output) as sink:
+        with anyio.move_on_after(0.02) as scope:
+            await sink.wait_closed()
+        assert scope.cancelled_caught
+
+
+async def test_a_full_pipe_is_waited_for_without_trying(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+    write = os.write
+
+    def counted(fd: int, data: Any) -> int:
+        nonlocal tries
+        tries += 1
+        return write(fd, data)
+
+    async with StdoutSink(fd=pipe[1]) as sink:
+        monkeypatch.setattr(os, "write", counted)
+        with anyio.move_on_after(0.05) as scope:
+            await sink.send(batch(10_000))
+        monkeypatch.undo()
+    assert scope.cancelled_caught
+    assert tries == 2  # what fitted, and what did not
+
+
+async def test_sockets_that_are_closed() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        async with StdoutSink(fd=ours.fileno()) as sink:
+            theirs.close()
+            with pytest.raises(SinkClosedError):
+                await sink.send(batch(1))

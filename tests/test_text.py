@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ebpfstream import text
+from ebpfstream import codec, text
 
 # Pieces that make trouble, beside arbitrary bytes.
 _pieces = st.sampled_from(
@@ -93,3 +93,53 @@ def test_bash_reads_the_same_bytes_back(size: int) -> None:
 
 def test_terminals_get_no_controls() -> None:
     assert text.printable("a\x1b[2J\x9b\tb é") == r"a\u001b[2J\u009b\u0009b é"
+
+
+@pytest.mark.parametrize("data", [rb"\x", rb"\xf", rb"\xfz", rb"\xz", rb"\xFF", rb"\\", rb"\u0041"])
+def test_what_only_resembles_an_escape_stays_as_it_is(data: bytes) -> None:
+    assert text.decode(data) == data.decode()
+    assert text.encode(data.decode()) == data
+
+
+@pytest.mark.parametrize("byte", range(128))
+def test_every_ascii_byte_in_json(byte: int) -> None:
+    data = b"a" + bytes([byte])
+    named = {0x22: r"\"", 0x5C: r"\\", 8: r"\b", 9: r"\t", 10: r"\n", 12: r"\f", 13: r"\r"}
+    shown = named.get(byte, chr(byte) if 0x20 <= byte < 0x7F else f"\\u{byte:04x}")
+    assert codec._json_text(data) == f'"a{shown}"'.encode()
+    if byte:
+        assert codec._json_strings(data + b"\0" + data + b"\0") == f'["a{shown}","a{shown}"]'.encode()
+
+
+def test_c1_controls_in_json() -> None:
+    for code in range(0x80, 0xA0):
+        assert codec._json_text(chr(code).encode()) == f'"\\u{code:04x}"'.encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "strings"),
+    [
+        (b"", []),
+        (b"\0", [""]),
+        (b"\0\0", ["", ""]),
+        (b"a\0\0\0", ["a", "", ""]),
+        (b"a\0b", ["a", "b"]),  # cut before its NUL
+        (b"\xff\0\0", ["\\xff", ""]),
+    ],
+)
+def test_empty_strings_are_strings(data: bytes, strings: list[str]) -> None:
+    assert codec._strings(data) == tuple(strings)
+    assert json.loads(codec._json_strings(data)) == strings
+
+
+def test_command_lines_of_plain_words_with_blanks_and_nothing() -> None:
+    assert text.command_line(["a", ""]) == "a ''"
+    assert text.command_line(["", "a"]) == "'' a"
+    assert text.command_line(["a b"]) == "'a b'"
+    assert text.command_line(["a b", "c"]) == "'a b' c"
+    assert text.command_line([]) == ""
+
+
+def test_escapes_of_five_digits_for_bash() -> None:
+    assert text.command_line(["\U0001d173"]) == r"$'\U0001d173'"
+    assert text.command_line(["\uffff"]) == r"$'\uffff'"

@@ -6,12 +6,14 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,28 +24,52 @@ from tests.kernel import objects
 pytestmark = pytest.mark.kernel
 
 COMMAND = [sys.executable, "-m", "ebpfstream"]
+# With another deadline, so that a test need not wait for the real one.
+WITH_DEADLINE = "import sys; from ebpfstream import cli; cli._DEADLINE = float(sys.argv.pop(1)); cli.main()"
 LEDGER = re.compile(r"ebpfstream: (\d+) delivered; (\d+) tried = (\d+) submitted \+ (\d+) lost(.*)\n\Z")
 
 
 @contextmanager
-def running(*options: str, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """The command, once it is attached: it has shown a first exec of ours."""
+def running(
+    *options: str, stdout: int | None = None, command: Sequence[str] = COMMAND
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, once it is attached."""
     stdout = subprocess.PIPE if stdout is None else stdout
-    with subprocess.Popen([*COMMAND, "execve", *options], stdout=stdout, stderr=subprocess.PIPE) as command:
+    with subprocess.Popen([*command, "execve", *options], stdout=stdout, stderr=subprocess.PIPE) as process:
         try:
-            deadline = time.monotonic() + 30
-            while not objects.held("link", command.pid):
-                assert time.monotonic() < deadline
-                assert command.poll() is None
-                time.sleep(0.01)
-            yield command
+            wait_until(lambda: objects.held("link", process.pid), process)
+            yield process
         finally:
-            command.kill()
+            process.kill()
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 def true(*arguments: str) -> int:
     with subprocess.Popen(["/bin/true", *arguments]) as child:
         return child.pid
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe into which nothing more fits."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, b"full\n" * 1000)
+    except BlockingIOError:
+        pass
+    os.set_blocking(writer, True)
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -86,40 +112,114 @@ def test_lines_come_when_they_happen() -> None:
             assert event["message"] == f"/bin/true now {index}"
 
 
-@pytest.mark.parametrize("quiet", [True, False])
-def test_head_ends_it(quiet: bool) -> None:
-    """As soon as the reader has gone, even if nothing happens any more."""
+def test_head_ends_it() -> None:
+    """That it needs no event to notice is for tests/test_cli.py: some program is always executed."""
     reader, writer = os.pipe()
     with running(stdout=writer) as command:
         os.close(writer)
         os.close(reader)
-        if not quiet:
-            true("head")
+        true("head")
         _, errors = command.communicate(timeout=30)
     assert command.returncode == -signal.SIGPIPE
     assert b"Traceback" not in errors
 
 
-def test_a_reader_that_does_not_read_cannot_keep_it() -> None:
+def test_a_reader_that_does_not_read_cannot_keep_it(full_pipe: tuple[int, int]) -> None:
     """A signal ends it though what is left cannot be written."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    try:
-        while True:
-            os.write(writer, b"full\n" * 1000)
-    except BlockingIOError:
-        pass
-    os.set_blocking(writer, True)
-    with running(stdout=writer) as command:
+    with running(stdout=full_pipe[1]) as command:
         true("x" * 10_000)
         command.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         command.send_signal(signal.SIGTERM)
         _, errors = command.communicate(timeout=30)
-    os.close(reader)
-    os.close(writer)
     assert command.returncode == -signal.SIGTERM
     assert b"Traceback" not in errors
+
+
+def test_one_signal_ends_it_by_its_deadline(full_pipe: tuple[int, int]) -> None:
+    """Though what is left cannot be written; and the ledger says what has been left."""
+    hasty = [sys.executable, "-c", WITH_DEADLINE, "0.3"]
+    with running(stdout=full_pipe[1], command=hasty) as command:
+        true("x" * 10_000)
+        began = time.monotonic()
+        command.send_signal(signal.SIGTERM)
+        _, errors = command.communicate(timeout=10)
+    assert 0.3 <= time.monotonic() - began < 3
+    assert command.returncode == -signal.SIGTERM
+    assert LEDGER.match(errors.decode())
+
+
+def test_until_its_deadline_it_waits_for_a_slow_reader(full_pipe: tuple[int, int]) -> None:
+    reader, writer = full_pipe
+    with running(stdout=writer) as command:
+        pids = [true("slow", "x" * 10_000) for _ in range(10)]
+        command.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        os.set_blocking(reader, False)
+        output = b""
+        while command.poll() is None or readable(reader):
+            if readable(reader):
+                output += os.read(reader, 1 << 16)
+        errors = command.stderr.read() if command.stderr else b""
+    assert command.returncode == -signal.SIGTERM
+    # The first one stands behind what the pipe was full of.
+    lines = [json.loads(line[line.index(b"{") :]) for line in output.splitlines() if b"{" in line]
+    assert [line["pid"] for line in lines if line["args"][1:2] == ["slow"]] == pids
+    ledger = LEDGER.match(errors.decode())
+    assert ledger is not None
+    assert int(ledger[1]) == int(ledger[2]) == len(lines)
+
+
+def readable(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0.01)[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_process_one_of_a_container_tells_by_its_exit_code(number: signal.Signals) -> None:
+    """It does not die of signals that it sends itself (pid_namespaces(7))."""
+    command = ["unshare", "--pid", "--fork", "--kill-child", *COMMAND, "execve"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as outer:
+        children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+
+        def inner() -> list[int]:
+            return [int(pid) for pid in children.read_text().split()]
+
+        wait_until(lambda: any(objects.held("link", pid) for pid in inner()), outer)
+        (pid,) = inner()
+        os.kill(pid, number)
+        _, errors = outer.communicate(timeout=30)
+    assert outer.returncode == 128 + number
+    assert b"Traceback" not in errors
+
+
+def test_the_ledger_counts_what_was_lost() -> None:
+    """With a buffer of one page and a reader that takes nothing."""
+    with running("--buffer-size", "4096", stdout=subprocess.DEVNULL) as command:
+        command.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            true("x" * 3000)
+        command.send_signal(signal.SIGCONT)
+        command.send_signal(signal.SIGTERM)
+        _, errors = command.communicate(timeout=30)
+    ledger = LEDGER.match(errors.decode())
+    assert ledger is not None
+    delivered, tried, submitted, lost = map(int, ledger.groups()[:4])
+    assert lost >= 2
+    assert tried == submitted + lost
+    assert delivered == submitted
+
+
+def test_a_missing_compiler_is_a_message(tmp_path: Path) -> None:
+    script = 'mount -t tmpfs none /usr/lib/python3/dist-packages && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *COMMAND, "execve"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"EBPFSTREAM_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert re.match(r"ebpfstream: BCC's Python binding is not installed", done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_on_a_terminal() -> None:

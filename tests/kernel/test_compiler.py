@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import socket
 import subprocess
 import sys
+from array import array
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 
 from ebpfstream.errors import AttachError, BccNotFoundError, CompileError, LoadError
-from ebpfstream.kernel import bcc, compiler
-from ebpfstream.kernel.bpf import MapType, Program, ProgramType
+from ebpfstream.kernel import bcc, bpf, compiler
+from ebpfstream.kernel.bpf import MapType, Program, ProgramType, wait_for_running_programs
 from ebpfstream.kernel.links import Link, RawTracepoint
 
 pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
@@ -148,3 +152,152 @@ def test_any_python_will_do(tmp_path: Path) -> None:
         )
         done = subprocess.run([venv / "bin/python", "-I", "-c", code], stdout=subprocess.PIPE, text=True)
         assert done.stdout == "compiled\n", python
+
+
+def descriptors() -> list[str]:
+    return sorted(os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+
+
+async def test_cancelled_when_the_maps_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are closed, and the child is gone."""
+    await anyio.to_thread.run_sync(int)  # what the event loop opens for itself is open already
+    came: list[int] = []
+    with anyio.CancelScope() as scope:
+        receive = socket.socket.recvmsg
+
+        def cancelling(parent: socket.socket, *args: Any) -> Any:
+            answer = receive(parent, *args)
+            for _, _, fds in answer[1]:
+                came.extend(array("i", fds))
+            scope.cancel()
+            return answer
+
+        monkeypatch.setattr(socket.socket, "recvmsg", cancelling)
+        await compiler.compile(HELLO)
+    assert scope.cancelled_caught
+    assert len(came) == 2
+    for fd in came:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+async def test_cancelled_it_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child is killed, not waited for."""
+    monkeypatch.setattr(compiler, "_CHILD", "import time; time.sleep(30)")
+    with anyio.fail_after(5):
+        with anyio.move_on_after(0.1) as scope:
+            await compiler.compile(HELLO)
+    assert scope.cancelled_caught
+
+
+async def test_maps_are_not_inherited() -> None:
+    module = await compiler.compile(HELLO)
+    assert [os.get_inheritable(made.fd) for made in module.maps.values()] == [False, False]
+
+
+async def test_more_maps_than_one_message_carries() -> None:
+    """SCM_MAX_FD is 253; each comes under its own name."""
+    count = 260
+    text = "".join(f"BPF_ARRAY(map{number}, u64, {number + 1});\n" for number in range(count))
+    module = await compiler.compile(text + "int hello(void *ctx) { return 0; }")
+    assert [module.maps[f"map{number}"].max_entries for number in range(count)] == list(range(1, count + 1))
+    for number in (0, 249, 250, 259):
+        last = number.to_bytes(4, "little")
+        beyond = (number + 1).to_bytes(4, "little")
+        made = module.maps[f"map{number}"]
+        assert (made.lookup(last), made.lookup(beyond)) == (bytes(8), None)
+
+
+async def test_a_child_that_dies_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        compiler, "_CHILD", "import os, sys; print('last words', file=sys.stderr, flush=True); os._exit(3)"
+    )
+    with pytest.raises(
+        CompileError, match=r"the compiler ended with 3 and said nothing of it: last words"
+    ) as caught:
+        await compiler.compile(HELLO)
+    assert caught.value.log == "last words\n"
+
+
+def test_the_message_of_a_log() -> None:
+    lines = [f"/virtual/main.c:{number}:1: error: no {number}\n  here {number}" for number in range(4)]
+    assert compiler._message("Refused", "\n".join(["warning: x", *lines[:3]])) == (
+        "Refused:\n  main.c:0:1: error: no 0\n    here 0\n  main.c:1:1: error: no 1\n    here 1"
+        "\n  main.c:2:1: error: no 2\n    here 2"
+    )
+    assert compiler._message("Refused", "\n".join(lines)).endswith(
+        "    here 2\n  (1 more errors are in the error's `log`)"
+    )
+    assert compiler._message("Refused", "1\n2\n3\n4\n5\n6\n") == "Refused:\n  2\n  3\n  4\n  5\n  6"
+    assert compiler._message("Refused", "") == "Refused"
+
+
+def test_the_message_of_the_verifier() -> None:
+    message = bpf._verifier_message("hello", 13, "\n".join(map(str, range(15))))
+    assert message.startswith(
+        "the kernel refused the program 'hello': Permission denied; the verifier's last lines:\n"
+        "  (3 lines before these are in the error's `log`)\n  3\n  4\n"
+    )
+    assert message.endswith("\n  14")
+    assert "before these" not in bpf._verifier_message("hello", 13, "\n".join(map(str, range(12))))
+    assert (
+        bpf._verifier_message("hello", 13, "") == "the kernel refused the program 'hello': Permission denied"
+    )
+
+
+def test_waiting_where_membarrier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on kernels with nohz_full CPUs; the other way gives back what it took."""
+    real = bpf._libc()
+    membarrier = bpf._SYSCALLS[platform.machine()]["membarrier"]
+    refused: list[int] = []
+
+    class Libc:
+        def syscall(self, number: int, *args: Any) -> int:
+            if number == membarrier:
+                refused.append(number)
+                return -1
+            return int(real.syscall(number, *args))
+
+    monkeypatch.setattr(bpf, "_libc", Libc)
+    created: list[int] = []
+    create = bpf.bpf
+
+    def noting(command: int, attributes: bytes) -> int:
+        result = create(command, attributes)
+        assert result >= 0
+        if command == bpf._MAP_CREATE:
+            created.append(result)
+        return result
+
+    monkeypatch.setattr(bpf, "bpf", noting)
+    before = descriptors()
+    wait_for_running_programs()
+    assert (len(refused), len(created)) == (1, 2)
+    assert descriptors() == before
+
+
+async def test_runs_are_not_misses() -> None:
+    """`recursion_misses` lies behind `run_cnt` in struct bpf_prog_info, which is not 0 here."""
+    module = await compiler.compile(HELLO)
+    code, maps = module.functions["hello"], module.numbered
+    program = Program.load("hello", ProgramType.RAW_TRACEPOINT, code, maps, license="GPL")
+    counting = bpf.bpf(32, bytes(4))  # BPF_ENABLE_STATS, BPF_STATS_RUN_TIME: until it is closed
+    assert counting >= 0
+    link = Link.attach(program, RawTracepoint("sys_enter"))
+    os.getppid()
+    link.close()
+    os.close(counting)
+    fdinfo = Path(f"/proc/self/fdinfo/{program.fd}").read_text().split()
+    assert program.recursion_misses() == int(fdinfo[fdinfo.index("recursion_misses:") + 1]) == 0
+
+
+async def test_what_the_child_prints_and_how_it_is_started(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Into the log and nowhere else; isolated from the environment, and without site-packages."""
+    code = "import sys; print('out', sys.flags.isolated, sys.flags.no_site, flush=True); sys.exit(3)"
+    monkeypatch.setattr(compiler, "_CHILD", code)
+    with pytest.raises(CompileError) as caught:
+        await compiler.compile(HELLO)
+    assert caught.value.log == "out 1 1\n"
+    assert capfd.readouterr() == ("", "")

@@ -19,13 +19,17 @@ from anyio.to_thread import run_sync
 from ebpfstream import (
     ArgumentError,
     BccNotFoundError,
+    CompileError,
     EventBatch,
     EventStream,
+    Statistics,
     StreamBusyError,
     StreamClosedError,
     trace_execve,
 )
 from ebpfstream.kernel.buffers import Kind
+from ebpfstream.kernel.links import RawTracepoint
+from ebpfstream.loader import ReadyMade
 from tests.kernel import flood, objects
 from tests.kernel.flood import FloodEvent
 
@@ -411,6 +415,71 @@ async def test_nothing_is_left_after_many_rounds(kind: Kind) -> None:
     assert [len(ids) for ids in kinds.values()] == [21, 21, 84]
     await gone(kinds)
     assert children() == []
+
+
+def broken(folder: Path, kind: Kind) -> EventStream[FloodEvent]:
+    path = folder / "broken.c"
+    path.write_text("nonsense")
+    hooks = {"flood": RawTracepoint("sys_enter")}
+    return EventStream(ReadyMade(path, FloodEvent, hooks, buffer=kind, buffer_size=1 << 16), FloodEvent)
+
+
+async def test_a_failed_opening_leaves_nothing(kind: Kind, tmp_path: Path) -> None:
+    """At once, while the stream itself is still there."""
+    stream = broken(tmp_path, kind)
+    with pytest.raises(CompileError):
+        await stream.__aenter__()
+    assert not objects.held("map") | objects.held("prog") | objects.held("link")
+    del stream
+
+
+async def test_statistics_after_a_failed_opening(kind: Kind, tmp_path: Path) -> None:
+    stream = broken(tmp_path, kind)
+    with pytest.raises(CompileError):
+        await stream.__aenter__()
+    assert stream.statistics() == Statistics()
+
+
+@pytest.mark.parametrize(("misses", "total"), [([2, 3], 5), ([2, None], None), ([0], 0)])
+def test_misses_of_all_programs(tmp_path: Path, misses: list[Any], total: int | None) -> None:
+    """Unknown if the kernel does not tell of one; counters are those of all CPUs and programs."""
+
+    class Program:
+        def __init__(self, count: int | None) -> None:
+            self._count = count
+
+        def recursion_misses(self) -> int | None:
+            return self._count
+
+    class Counters:
+        max_entries = 2
+
+        def lookup(self, key: bytes) -> bytes:
+            on_cpus = ([1, 10, 7, 3], [2, 20, 20, 0]) if key == bytes(4) else ([4, 100, 98, 2], [0] * 4)
+            return b"".join(value.to_bytes(8, "little") for cpu in on_cpus for value in cpu)
+
+    source: Any = flood.source(tmp_path, "flood", 1, 4096)
+    source._programs = [Program(count) for count in misses]
+    source._counters = Counters()
+    assert source.counters() == (7, 130, 125, 5, total)
+
+
+async def test_gaps_in_the_numbers_are_exactly_what_was_lost(kind: Kind, tmp_path: Path) -> None:
+    """On one CPU, with room again at the end, so that the last loss has a gap as well."""
+    with flood.producing(cpu=0) as producer:
+        async with flood_stream(tmp_path, producer.pid, 1 << 16, kind) as events:
+            producer.start(5000)
+            producer.wait()
+            full = events.statistics()
+            assert full.lost > 0
+            numbers = [(await anext(events)).sequence for _ in range(full.submitted)]
+            producer.start(10)
+            producer.wait()
+            events.detach()
+            numbers += [event.sequence async for event in events]
+    assert numbers[-10:] == list(range(5000, 5010))
+    assert numbers == sorted(set(numbers))
+    assert 5010 - len(numbers) == full.lost == events.statistics().lost
 
 
 def mapped(what: str) -> int:

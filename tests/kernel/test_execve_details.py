@@ -363,13 +363,15 @@ async def test_exclude_self_in_a_pid_namespace() -> None:
         "    async with trace_execve(exclude_self=True) as events:\n"
         "        await anyio.to_thread.run_sync(subprocess.run, ['/bin/true', 'mine'])\n"
         "        await anyio.to_thread.run_sync(subprocess.run, ['sh', '-c', '/bin/true marked; exit 0'])\n"
+        # In a namespace of its own it has the number that this process has in this one.
+        "        await anyio.to_thread.run_sync(subprocess.run, ['unshare', '-pf', '/bin/true', 'namesake'])\n"
         "        events.detach()\n"
-        "        print(*[event.args[1] async for event in events if event.args[1:] in (('mine',), ('marked',))])\n"
+        "        print(*[event.args[1] async for event in events if event.args[1:] in (('mine',), ('marked',), ('namesake',))])\n"
         "anyio.run(main)\n"
     )
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
     done = await run_sync(lambda: subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True))
-    assert done.stdout == "marked\n"
+    assert done.stdout == "marked namesake\n"
 
 
 def test_impossible_filters() -> None:

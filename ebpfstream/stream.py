@@ -26,6 +26,7 @@ LATENCY: Final = 0.001
 """Seconds that events may gather after a wakeup, unless told otherwise."""
 
 _BATCH_BYTES: Final = 1 << 18
+_MUCH_BYTES: Final = 1 << 16  # so many in the buffer need not gather any more
 # A record at the head that stays unfinished makes the descriptor readable for as long.
 _UNFINISHED_PAUSE: Final = 0.0005
 
@@ -74,7 +75,7 @@ class EventStream(Generic[E_co]):
         self._event_type = event_type
         self._latency = latency
         self._buffer: Buffer | None = None
-        self._behind = False  # the last drain stopped at its limit
+        self._behind = False  # the last drain left much, or stopped at its limit
         self._detached = False
         self._quiet = False  # and no program is running any more
         self._closed = False
@@ -185,6 +186,7 @@ class EventStream(Generic[E_co]):
                         continue
                     batch = EventBatch(self._event_type, records, wall_clock_offset())
                     self._account(batch)
+                    self._behind = batch.nbytes >= _BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
                     if batch:
                         return batch
                 self._check_open()
@@ -209,9 +211,8 @@ class EventStream(Generic[E_co]):
 
     def _account(self, batch: EventBatch[E_co]) -> None:
         self._received += len(batch)
-        self._bytes += batch.nbytes
+        self._bytes += sum(stride * count for _, stride, _, count in batch.records.runs)
         self._batches += 1
-        self._behind = batch.nbytes >= _BATCH_BYTES
 
     async def _opened(self) -> Buffer:
         if self._buffer is None:

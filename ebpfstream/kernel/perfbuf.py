@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import re
 import select
@@ -15,7 +16,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
-from ebpfstream.errors import ArgumentError
+from ebpfstream.errors import ArgumentError, LoadError
 from ebpfstream.kernel import bpf
 from ebpfstream.kernel.bpf import Map, MapType
 from ebpfstream.kernel.ordering import barrier
@@ -232,12 +233,25 @@ class PerfBuffer:
                 came = _CAME.match(self._hotplug.recv(1 << 16, socket.MSG_DONTWAIT))
             except BlockingIOError:
                 return
-            if came and (cpu := int(came[1])) in bpf.online_cpus():
-                for ring in self._rings:
-                    if ring.cpu == cpu:
-                        ring.retired = True
-                        self._gathering.discard(ring)
-                self._add(cpu)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                # Some announcements did not fit: whoever has no ring may have come.
+                for cpu in set(bpf.online_cpus()) - {ring.cpu for ring in self._rings}:
+                    self._came(cpu)
+                continue
+            if came:
+                self._came(int(came[1]))
+
+    def _came(self, cpu: int) -> None:
+        try:
+            self._add(cpu)
+        except LoadError:
+            return  # it went again
+        for ring in self._rings[:-1]:
+            if ring.cpu == cpu:
+                ring.retired = True
+                self._gathering.discard(ring)
 
     def finish(self) -> None:
         """Hold nothing back any more: no program runs that could still submit."""

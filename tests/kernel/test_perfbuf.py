@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -261,6 +262,17 @@ async def test_a_cpu_that_goes_and_comes_back(tmp_path: Path) -> None:
         statistics = events.statistics()
     assert statistics.tried == statistics.delivered == 310
     assert statistics.lost == 0
+
+
+async def test_more_announcements_than_fit() -> None:
+    """Of other things: they are all made through the same socket."""
+    with closing(PerfBuffer.create(1 << 20)) as buffer:
+        announce = Path("/sys/devices/system/cpu/cpu0/uevent")
+        for _ in range(3000):
+            announce.write_text("change")
+        assert buffer.drain(1 << 18) is None
+        with pytest.raises(BlockingIOError):
+            buffer._hotplug.recv(1, socket.MSG_DONTWAIT)
 
 
 async def test_auto_is_perf_where_there_is_no_ring_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,8 @@ def execve(count: int | None, format: Format | None, include_self: bool, **optio
     """Show every program that this machine executes.
 
     \b
-    Example: the next ten, with their arguments as a JSON array
-        ebpfstream execve --count 10 --format json | jq -c '[.pid, .args]'
+    Example: the next ten, into a file
+        ebpfstream execve --count 10 --format json > execs.jsonl
 
     Ends with Ctrl-C, SIGTERM, or when nobody reads its output any more; what has happened until then
     is written, and the last line on standard error says how many events there were and how many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -47,5 +48,29 @@ def test_example(code: str) -> None:
     assert example.returncode in (0, -9)
 
 
+COMMANDS = re.findall(r"(?m)^    (ebpfstream .*)$", (ROOT / "README.md").read_text())
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, tmp_path: Path) -> None:
+    """Ends by itself, or goes on until it is told to end."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with subprocess.Popen(["sh", "-c", "while sleep 0.1; do /bin/true documented; done"]) as producer:
+        done = subprocess.run(
+            ["timeout", "4", "bash", "-c", command],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+        )
+        producer.kill()
+    assert done.returncode in (0, 124)  # 124: timeout(1) had to end it
+    output = done.stdout + "".join(file.read_text() for file in tmp_path.iterdir())
+    assert '"message":' in output
+    assert re.fullmatch(r"ebpfstream: \d+ delivered; .*\n", done.stderr)
+
+
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 4
+    assert len(EXAMPLES) >= 5
+    assert len(COMMANDS) >= 3

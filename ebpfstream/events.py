@@ -87,7 +87,6 @@ class Event:
     """
 
 
-E = TypeVar("E", bound=Event)
 E_co = TypeVar("E_co", bound=Event, covariant=True)
 
 LENGTH_SUFFIX: Final = "_length"

@@ -97,8 +97,6 @@ def load(package: Path) -> ctypes.CDLL:
     for function, result in (
         ("bpf_num_tables", ctypes.c_size_t),
         ("bpf_table_name", ctypes.c_char_p),
-        ("bpf_table_key_desc_id", ctypes.c_char_p),
-        ("bpf_table_leaf_desc_id", ctypes.c_char_p),
         ("bpf_table_fd_id", ctypes.c_int),
         ("bpf_table_key_size_id", ctypes.c_size_t),
         ("bpf_table_leaf_size_id", ctypes.c_size_t),

@@ -58,7 +58,6 @@ class MapType(IntEnum):
 class ProgramType(IntEnum):
     """`enum bpf_prog_type`."""
 
-    KPROBE = 2
     TRACEPOINT = 5
     RAW_TRACEPOINT = 17
 
@@ -347,17 +346,18 @@ def _kernel_release() -> tuple[int, int]:
 
 
 @cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    return libc
+def libc() -> ctypes.CDLL:
+    """The C library of this process."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.syscall.restype = ctypes.c_long
+    return library
 
 
 def _syscall(name: str, *arguments: Any) -> int:
     machine = platform.machine()
     if machine not in _SYSCALLS:
         raise UnsupportedError(f"{machine} is not supported; supported are {', '.join(_SYSCALLS)}")
-    return int(_libc().syscall(_SYSCALLS[machine][name], *arguments))
+    return int(libc().syscall(_SYSCALLS[machine][name], *arguments))
 
 
 def address(data: bytes) -> int:

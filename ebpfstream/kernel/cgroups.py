@@ -15,15 +15,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import struct
 from collections import deque
-from functools import cache
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Final, NamedTuple
 
 from ebpfstream.errors import ArgumentError
+from ebpfstream.kernel.bpf import libc
+from ebpfstream.kernel.mounts import unescaped
 
 # struct file_handle (include/linux/fs.h), handle_bytes and handle_type, and the node's id, in the
 # machine's byte order, as kernfs_encode_fh() writes it (fs/kernfs/mount.c).
@@ -38,8 +38,6 @@ _GONE: Final = {errno.ESTALE, errno.ENOENT, errno.ENOTDIR}
 
 _MOST_WALKED: Final = 16_384
 """Cgroups that a walk looks at: some 0.2 s."""
-
-_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 
 
 class _Mount(NamedTuple):
@@ -111,7 +109,7 @@ def _by_handle(mount: _Mount, cgroup_id: int) -> str | None:
     handle = ctypes.create_string_buffer(_HANDLE.pack(_ID_BYTES, _FILEID_KERNFS, cgroup_id), _HANDLE.size)
     anchor = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)  # O_PATH would be EBADF
     try:
-        fd = _libc().open_by_handle_at(anchor, handle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = libc().open_by_handle_at(anchor, handle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         code = ctypes.get_errno()
     finally:
         os.close(anchor)
@@ -205,19 +203,9 @@ def _widest(mountinfo: bytes) -> _Mount | None:
             continue
         _, _, device, root, path, *_ = before.split(b" ")
         major, _, minor = device.partition(b":")
-        mount = _Mount(os.fsdecode(_unescaped(path)), os.makedev(int(major), int(minor)))
+        mount = _Mount(os.fsdecode(unescaped(path)), os.makedev(int(major), int(minor)))
         # "/" is the cgroup namespace's root, "/.." is above that (cgroup_show_path(), kernel/cgroup/cgroup.c).
         depth = sum(-1 if part == b".." else 1 for part in root.split(b"/") if part)
         if (best is None or depth < best[0]) and _is_there(mount):
             best = depth, mount
     return best[1] if best else None
-
-
-def _unescaped(field: bytes) -> bytes:
-    """Blanks, tabs, newlines and backslashes are octal there (mangle(), fs/proc_namespace.c)."""
-    return _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)

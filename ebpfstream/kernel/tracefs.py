@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from ebpfstream.errors import AttachError, PrivilegeError, UnsupportedError
+from ebpfstream.kernel.bpf import libc
+from ebpfstream.kernel.mounts import unescaped
 
 # Documentation/trace/ftrace.rst
 _USUAL: Final = Path("/sys/kernel/tracing")
@@ -19,12 +21,11 @@ def folder(mounts: Path = Path("/proc/self/mounts")) -> Path:
 
     Raises UnsupportedError or PrivilegeError, with the command that mounts it.
     """
-    for line in mounts.read_text().splitlines():
+    for line in mounts.read_bytes().splitlines():
         _, point, kind, *_ = line.split()
-        if kind == "tracefs":
-            return Path(point.encode().decode("unicode_escape"))  # blanks are \\040 there
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tracefs", os.fsencode(_USUAL), b"tracefs", 0, None) == 0:
+        if kind == b"tracefs":
+            return Path(os.fsdecode(unescaped(point)))
+    if libc().mount(b"tracefs", os.fsencode(_USUAL), b"tracefs", 0, None) == 0:
         return _USUAL
     reason = os.strerror(ctypes.get_errno())
     kind_of_error = PrivilegeError if os.geteuid() else UnsupportedError

@@ -18,6 +18,7 @@ import pytest
 from ebpfstream.errors import AttachError, BccNotFoundError, CompileError, LoadError
 from ebpfstream.kernel import bcc, bpf, compiler
 from ebpfstream.kernel.bpf import MapType, Program, ProgramType, wait_for_running_programs
+from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Link, RawTracepoint
 
 pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
@@ -30,6 +31,12 @@ int other(void *ctx) { return 0; }
 """
 
 
+def loaded(module: Module, name: str) -> Program:
+    return Program.load(
+        name, ProgramType.RAW_TRACEPOINT, module.functions[name], module.numbered, license=module.license
+    )
+
+
 async def test_what_a_module_holds() -> None:
     module = await compiler.compile(HELLO)
     assert set(module.functions) == {"hello", "other"}
@@ -37,13 +44,7 @@ async def test_what_a_module_holds() -> None:
         "counts": (MapType.HASH, 4, 8, 10240),
         "slots": (MapType.ARRAY, 4, 8, 7),
     }
-    program = Program.load(
-        "hello",
-        ProgramType.RAW_TRACEPOINT,
-        module.functions["hello"],
-        module.numbered,
-        license=module.license,
-    )
+    program = loaded(module, "hello")
     assert module.maps["slots"].lookup(bytes(4)) == bytes(8)
     link = Link.attach(program, RawTracepoint("sys_enter"))
     os.getppid()
@@ -95,22 +96,14 @@ async def test_what_the_verifier_refuses() -> None:
     with pytest.raises(
         LoadError, match=r"the kernel refused the program 'hello': .*verifier's last lines"
     ) as caught:
-        Program.load(
-            "hello", ProgramType.RAW_TRACEPOINT, module.functions["hello"], {}, license=module.license
-        )
+        loaded(module, "hello")
     assert "R1=ctx()" in str(caught.value)
     assert caught.value.log
 
 
 async def test_an_unknown_tracepoint() -> None:
     module = await compiler.compile(HELLO)
-    program = Program.load(
-        "other",
-        ProgramType.RAW_TRACEPOINT,
-        module.functions["other"],
-        module.numbered,
-        license=module.license,
-    )
+    program = loaded(module, "other")
     with pytest.raises(
         AttachError, match="other cannot be attached to the raw tracepoint 'nonsense': there is no such"
     ):
@@ -247,7 +240,7 @@ def test_the_message_of_the_verifier() -> None:
 
 def test_waiting_where_membarrier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on kernels with nohz_full CPUs; the other way gives back what it took."""
-    real = bpf._libc()
+    real = bpf.libc()
     membarrier = bpf._SYSCALLS[platform.machine()]["membarrier"]
     refused: list[int] = []
 
@@ -258,7 +251,7 @@ def test_waiting_where_membarrier_is_refused(monkeypatch: pytest.MonkeyPatch) ->
                 return -1
             return int(real.syscall(number, *args))
 
-    monkeypatch.setattr(bpf, "_libc", Libc)
+    monkeypatch.setattr(bpf, "libc", Libc)
     created: list[int] = []
     create = bpf.bpf
 

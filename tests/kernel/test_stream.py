@@ -25,6 +25,7 @@ from ebpfstream import (
     Statistics,
     StreamBusyError,
     StreamClosedError,
+    UnsupportedError,
     trace_execve,
 )
 from ebpfstream.kernel.buffers import Kind
@@ -269,16 +270,7 @@ async def test_a_stream_that_was_never_opened() -> None:
 
 async def test_bcc_missing(tmp_path: Path) -> None:
     """In a mount namespace where the distribution's folder is empty."""
-    code = (
-        "import anyio, ebpfstream\n"
-        "async def main():\n"
-        "    async with ebpfstream.trace_execve(): pass\n"
-        "try:\n"
-        "    anyio.run(main)\n"
-        "except ebpfstream.BccNotFoundError as error:\n"
-        "    print(error)\n"
-    )
-    shown = await run_sync(lambda: hidden("/usr/lib/python3/dist-packages", code, tmp_path))
+    shown = await run_sync(lambda: hidden("/usr/lib/python3/dist-packages", BccNotFoundError, tmp_path))
     assert BccNotFoundError.__name__ not in shown
     for line in (
         "apt-get install python3-bpfcc",
@@ -290,21 +282,21 @@ async def test_bcc_missing(tmp_path: Path) -> None:
 
 
 async def test_btf_missing(tmp_path: Path) -> None:
+    shown = await run_sync(lambda: hidden("/sys/kernel/btf", UnsupportedError, tmp_path))
+    assert "CONFIG_DEBUG_INFO_BTF=y" in shown
+
+
+def hidden(folder: str, error: type[Exception], cache: Path) -> str:
+    """The message of the error that opening a stream raises where a folder is empty."""
     code = (
         "import anyio, ebpfstream\n"
         "async def main():\n"
         "    async with ebpfstream.trace_execve(): pass\n"
         "try:\n"
         "    anyio.run(main)\n"
-        "except ebpfstream.UnsupportedError as error:\n"
+        f"except ebpfstream.{error.__name__} as error:\n"
         "    print(error)\n"
     )
-    shown = await run_sync(lambda: hidden("/sys/kernel/btf", code, tmp_path))
-    assert "CONFIG_DEBUG_INFO_BTF=y" in shown
-
-
-def hidden(folder: str, code: str, cache: Path) -> str:
-    """What the code prints where a folder is empty."""
     script = f'mount -t tmpfs none {folder} && exec "$0" -c "$1"'
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, sys.executable, code],

@@ -17,8 +17,21 @@ import orjson
 
 from ebpfstream import text
 from ebpfstream.errors import DecodeError
-from ebpfstream.events import LENGTH_SUFFIX, Char, Computed, Integer, Layout, Tail, WallClock, layout
+from ebpfstream.events import (
+    LENGTH_SUFFIX,
+    Array,
+    Char,
+    Computed,
+    Embedded,
+    Event,
+    Integer,
+    Layout,
+    Tail,
+    WallClock,
+    layout,
+)
 from ebpfstream.records import Records
+from ebpfstream.unpacking import RecordStructs, struct_format
 
 # Events of one list: few enough to die before the garbage collector looks for them (its first
 # threshold is 700 in Python 3.11) and while they are in the cache.
@@ -27,7 +40,6 @@ _LINES: Final = 64  # JSON lines that are formatted in one go
 _CACHED_STRINGS: Final = 4096
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_FORMATS: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 # Bytes that stand for themselves in a JSON string and on a terminal.
 _PLAIN: Final = bytes(byte for byte in range(0x20, 0x7F) if byte not in b'"\\')
 _PLAIN_OR_NUL: Final = _PLAIN + b"\0"
@@ -65,8 +77,8 @@ def _generate(event_type: type[Any]) -> Codec:
         "CHUNK": _CHUNK,
         "LINES": _LINES,
         "new": object.__new__,
-        "unpack_from": struct.Struct("<" + _format(plan)).unpack_from,
-        "structs": _RecordStructs(plan),
+        "unpack_from": struct.Struct("<" + struct_format(plan)).unpack_from,
+        "structs": RecordStructs(plan),
         "misfit": partial(misfit, event_type),
         "overrun": partial(_overrun, event_type),
         "decode_text": text.decode,
@@ -83,6 +95,8 @@ def _generate(event_type: type[Any]) -> Codec:
     for name, kind in plan.kinds.items():
         if isinstance(kind, Computed | Tail):
             names[_function_of(name)] = kind.function
+        elif isinstance(kind, Array | Embedded):
+            names[_function_of(name)] = kind.unpack
     exec(compile(source, f"<codec of {event_type.__name__}>", "exec"), names)  # noqa: S102  # our own text
     return Codec(names["decode"], names["encode"], source)
 
@@ -104,7 +118,7 @@ class _Writer:
         self._types = plan.types
         self._calls = calls
         self._members = [member.name for member in plan.members]
-        self._names = ", ".join(self._members) + ","
+        self._names = ", ".join(map(_local, self._members)) + ","
         self._tails = [name for name, kind in plan.kinds.items() if isinstance(kind, Tail)]
 
     def decoder(self) -> list[str]:
@@ -133,7 +147,7 @@ class _Writer:
             "    data = records.data",
             "    chunk = []",
             *self._each_record("yield", before_error),
-            *(f"            {name} = {self._tail(name)}" for name in self._tails),
+            *(f"            {_local(name)} = {self._tail(name)}" for name in self._tails),
             *self._make_event("            "),
             "            if len(chunk) == CHUNK:",
             "                yield chunk",
@@ -160,7 +174,7 @@ class _Writer:
                 "            unpack = structs[records.prefix, stride, number].unpack_from",
                 "            values = unpack(data, position + first * stride)",
                 *(
-                    f"            {name} = values[{index}::{width}]"
+                    f"            {_local(name)} = values[{index}::{width}]"
                     for index, name in enumerate(self._members)
                 ),
                 f"            fields = [None] * (number * {height})",
@@ -194,10 +208,11 @@ class _Writer:
 
     def _each_record(self, verb: str, before_error: list[str]) -> list[str]:
         """Unpacks each record's struct and cuts out its tails; what follows is inside of the loop."""
-        lengths = ", ".join(name + LENGTH_SUFFIX for name in self._tails)
+        lengths = ", ".join(_local(name + LENGTH_SUFFIX) for name in self._tails)
         before = [f"                {line}" for line in before_error]
         cuts = [
-            f"            {name} = data[end : (end := end + {name}{LENGTH_SUFFIX})]" for name in self._tails
+            f"            {_local(name)} = data[end : (end := end + {_local(name + LENGTH_SUFFIX)})]"
+            for name in self._tails
         ]
         return [
             "    for position, stride, size, count in records.runs:",
@@ -218,16 +233,19 @@ class _Writer:
 
     def _value(self, name: str) -> str:
         """The expression for an event's field; tails have been converted."""
-        match self._kinds[name]:
+        local = _local(name)
+        match self._kinds.get(name):  # bytes that several fields are computed of are no field themselves
             case Integer() if self._types[name] is bool:
-                return f"{name} != 0"
+                return f"{local} != 0"
             case Char() if self._types[name] is str:
-                return f"texts[{name}]"
+                return f"texts[{local}]"
+            case Array() | Embedded():
+                return f"{_function_of(name)}({local})"
             case Computed(_, arguments):
                 return f"{_function_of(name)}({', '.join(map(self._value, arguments))})"
             case WallClock(source):
-                return f"moment({source} + offset)"
-        return name
+                return f"moment({_local(source)} + offset)"
+        return local
 
     def _conversion(self, name: str) -> str:
         plain = isinstance(self._kinds[name], Integer) and self._types[name] is not bool
@@ -235,80 +253,60 @@ class _Writer:
 
     def _json(self, name: str) -> str:
         """The expression for a field's JSON; tails are bytes still."""
+        local = _local(name)
         match self._kinds[name]:
             case Integer() if self._types[name] is bool:
-                return f"true_false[{name} != 0]"
+                return f"true_false[{local} != 0]"
             case Char() if self._types[name] is str:
-                return f"json_texts[{name}]"
+                return f"json_texts[{local}]"
             case Tail(function) if function:
                 return f"json_value({self._tail(name)})"
             case Tail() if self._types[name] not in (str, bytes):
-                return f"json_strings({name})"
+                return f"json_strings({local})"
+            case Array() | Embedded():
+                return f"json_value({self._value(name)})"
             case Char() | Tail():
-                return f"json_text({name})"
+                return f"json_text({local})"
             case Computed(_, arguments):
                 return f"json_value({_function_of(name)}({', '.join(map(self._unpacked, arguments))}))"
             case WallClock(source):
-                return f"rfc3339({source} + offset)"
-        return name
+                return f"rfc3339({_local(source)} + offset)"
+        return local
 
     def _unpacked(self, name: str) -> str:
         return self._tail(name) if name in self._tails else self._value(name)
 
     def _tail(self, name: str) -> str:
-        kind = self._kinds[name]
+        kind, local = self._kinds[name], _local(name)
         if isinstance(kind, Tail) and kind.function:
-            return f"{_function_of(name)}({name})"
+            return f"{_function_of(name)}({local})"
         if self._types[name] is bytes:
-            return name
-        return f"{'decode_text' if self._types[name] is str else 'strings'}({name})"
+            return local
+        return f"{'decode_text' if self._types[name] is str else 'strings'}({local})"
 
     def _json_column(self, name: str) -> str:
         """The same for as many records as are formatted together."""
-        value = self._json(name)
+        value, local = self._json(name), _local(name)
         match self._kinds[name]:
-            case Integer() if value == name:
-                return name
-            case Char() if value == f"json_texts[{name}]":
-                return f"map(json_texts.__getitem__, {name})"
+            case Integer() if value == local:
+                return local
+            case Char() if value == f"json_texts[{local}]":
+                return f"map(json_texts.__getitem__, {local})"
             case WallClock(source):
-                return f"[{value} for {source} in {source}]"
+                return f"[{value} for {_local(source)} in {_local(source)}]"
             case Computed(_, arguments):
-                return f"[{value} for {', '.join(arguments)}, in zip({', '.join(arguments)})]"
-        return f"[{value} for {name} in {name}]"
+                locals_ = ", ".join(map(_local, arguments))
+                return f"[{value} for {locals_}, in zip({locals_})]"
+        return f"[{value} for {local} in {local}]"
 
 
-def _function_of(computed: str) -> str:
-    return f"compute_{computed}"
+def _local(member: str) -> str:
+    """The variable that holds a member: no name that a struct may choose is one that the functions use."""
+    return f"v_{member}"
 
 
-def _format(plan: Layout) -> str:
-    """The struct as a format of the struct module, which after "<" aligns nothing by itself."""
-    parts = []
-    position = 0
-    for member in plan.members:
-        parts.append(f"{member.offset - position}x")
-        if isinstance(member.kind, Char):
-            parts.append(f"{member.kind.size}s")
-        else:
-            letter = _FORMATS[member.kind.size]
-            parts.append(letter.lower() if member.kind.signed else letter)
-        position = member.offset + member.kind.size
-    return "".join(parts) + f"{plan.size - position}x"
-
-
-class _RecordStructs(dict[tuple[int, int, int], struct.Struct]):
-    """Structs of whole records in a row, by prefix, stride and number."""
-
-    def __init__(self, plan: Layout) -> None:
-        super().__init__()
-        self._plan = plan
-
-    def __missing__(self, key: tuple[int, int, int]) -> struct.Struct:
-        prefix, stride, number = key
-        form = f"{prefix}x{_format(self._plan)}{stride - prefix - self._plan.size}x"
-        self[key] = made = struct.Struct("<" + form * number)
-        return made
+def _function_of(field: str) -> str:
+    return f"compute_{field}"
 
 
 class _Texts(dict[bytes, str]):
@@ -351,7 +349,19 @@ def _json_strings(data: bytes) -> bytes:
 
 
 def _json_value(value: Any) -> bytes:
-    return text.json_string(value).encode() if isinstance(value, str) else orjson.dumps(value)
+    match value:
+        case str():
+            return text.json_string(value).encode()
+        case bytes():
+            return _json_text(value)
+        case int() if not isinstance(value, bool):
+            return b"%d" % value  # of any size
+        case Event():
+            members = (b'"%b":%b' % (name.encode(), _json_value(of)) for name, of in vars(value).items())
+            return b"{%b}" % b",".join(members)
+        case tuple():
+            return b"[%b]" % b",".join(map(_json_value, value))
+    return orjson.dumps(value)
 
 
 def _moment(nanoseconds: int) -> datetime:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebpfstream.codec import misfit
 from ebpfstream.errors import EbpfStreamError, EventTypeError
-from ebpfstream.events import Integer, Member, Tail, layout
+from ebpfstream.events import Array, Integer, Member, Tail, layout
 from ebpfstream.records import Records
 
 if TYPE_CHECKING:
@@ -44,5 +44,7 @@ def to_numpy(event_type: type[Any], records: Records) -> numpy.ndarray[Any, Any]
 def _format(member: Member, type: Any) -> str:
     if isinstance(member.kind, Integer):
         return "?" if type is bool else f"{'i' if member.kind.signed else 'u'}{member.kind.size}"
+    if isinstance(member.kind, Array):
+        return f"({member.kind.count},){'i' if member.kind.item.signed else 'u'}{member.kind.item.size}"
     # As they are: numpy's "S" drops NULs at the end and keeps what stands after the first.
     return f"V{member.kind.size}"

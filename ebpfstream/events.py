@@ -17,7 +17,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Annotated, Any, Final, NamedTuple, TypeVar, get_args, get_type_hints
+from functools import cached_property
+from struct import Struct
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, TypeVar, get_args, get_type_hints
 
 from ebpfstream.errors import EventTypeError
 
@@ -35,6 +37,36 @@ class Char:
     """A C array `char[size]`: as str what stands before the first NUL, as bytes all of it."""
 
     size: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """`size` bytes within the struct, of which `unpack` makes the value."""
+
+    size: int
+    unpack: Callable[[bytes], Any]
+
+
+@dataclass(frozen=True)
+class Array:
+    """A C array of `count` integers, as a tuple."""
+
+    item: Integer
+    count: int
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.item.size * self.count
+
+    def unpack(self, data: bytes) -> tuple[int, ...]:
+        """The integers."""
+        return self._struct.unpack(data)
+
+    @cached_property
+    def _struct(self) -> Struct:
+        letter = "BHIQ"[self.item.size.bit_length() - 1]
+        return Struct(f"<{self.count}{letter.lower() if self.item.signed else letter}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +109,10 @@ I64 = Annotated[int, Integer(8, signed=True)]
 Flag = Annotated[bool, Integer(1)]
 Comm = Annotated[str, Char(16)]  # TASK_COMM_LEN, include/linux/sched.h
 
-Kind = Integer | Char | Tail | Computed | WallClock
+Stored = Integer | Char | Array | Embedded
+"""What lies in the struct itself."""
+
+Kind = Stored | Tail | Computed | WallClock
 
 
 class Event:
@@ -85,6 +120,9 @@ class Event:
 
     Its text is the kernel's bytes as `text.decode` shows them.
     """
+
+    __layout__: ClassVar[Layout | None] = None
+    """Set where the layout is not that of the fields' annotations: in types that are made of C."""
 
 
 E_co = TypeVar("E_co", bound=Event, covariant=True)
@@ -96,7 +134,7 @@ class Member(NamedTuple):
     """One member of the C struct."""
 
     name: str
-    kind: Integer | Char
+    kind: Stored
     offset: int
 
 
@@ -114,6 +152,8 @@ def layout(event_type: type[Event]) -> Layout:
 
     Raises EventTypeError for a class that is no dataclass or has a field without a C type.
     """
+    if event_type.__layout__ is not None:
+        return event_type.__layout__
     name = event_type.__name__
     if "__dataclass_fields__" not in vars(event_type):
         raise EventTypeError(f"{name} is not a dataclass: write @dataclass above the class")
@@ -132,7 +172,7 @@ def layout(event_type: type[Event]) -> Layout:
     members: list[Member] = []
     offset, alignment = 0, 1
     for member, kind in _members(kinds):
-        step = kind.size if isinstance(kind, Integer) else 1
+        step = _alignment(kind)
         offset = (offset + step - 1) // step * step
         members.append(Member(member, kind, offset))
         offset += kind.size
@@ -143,9 +183,15 @@ def layout(event_type: type[Event]) -> Layout:
     return Layout(kinds, types, members, size)
 
 
-def _members(kinds: dict[str, Kind]) -> Iterator[tuple[str, Integer | Char]]:
+def _alignment(kind: Stored) -> int:
+    if isinstance(kind, Array):
+        return kind.item.size
+    return kind.size if isinstance(kind, Integer) else 1
+
+
+def _members(kinds: dict[str, Kind]) -> Iterator[tuple[str, Stored]]:
     for name, kind in kinds.items():
-        if isinstance(kind, Integer | Char):
+        if isinstance(kind, Stored):
             yield name, kind
     for name, kind in kinds.items():
         if isinstance(kind, Tail):
@@ -156,6 +202,7 @@ def _check(name: str, kinds: dict[str, Kind], types: dict[str, Any]) -> None:
     allowed: dict[type, tuple[Any, ...]] = {
         Integer: (int, bool),
         Char: (str, bytes),
+        Array: (tuple[int, ...],),
         Tail: (str, bytes, tuple[str, ...]),
         WallClock: (datetime,),
     }
@@ -164,8 +211,9 @@ def _check(name: str, kinds: dict[str, Kind], types: dict[str, Any]) -> None:
         if not made_otherwise and type(kind) in allowed and types[field] not in allowed[type(kind)]:
             names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed[type(kind)])
             raise EventTypeError(f"{name}.{field}: {kind} is for {names}, not for {types[field]}")
-        if isinstance(kind, Integer | Char) and kind.size not in (
-            (1, 2, 4, 8) if isinstance(kind, Integer) else range(1, 1 << 16)
+        integer = kind.item if isinstance(kind, Array) else kind
+        if (isinstance(kind, Stored) and kind.size not in range(1, 1 << 16)) or (
+            isinstance(integer, Integer) and integer.size not in (1, 2, 4, 8)
         ):
             raise EventTypeError(f"{name}.{field}: there is no {kind}")
         sources = kind.arguments if isinstance(kind, Computed) else ()
@@ -180,8 +228,15 @@ def c_struct(event_type: type[Event]) -> str:
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", event_type.__name__).lower()
     lines = [f"struct {name} {{"]
     for member in layout(event_type).members:
-        if isinstance(member.kind, Char):
-            lines.append(f"\tchar {member.name}[{member.kind.size}];")
+        kind = member.kind
+        if isinstance(kind, Integer):
+            lines.append(f"\t{_c_integer(kind)} {member.name};")
+        elif isinstance(kind, Array):
+            lines.append(f"\t{_c_integer(kind.item)} {member.name}[{kind.count}];")
         else:
-            lines.append(f"\t{'s' if member.kind.signed else 'u'}{member.kind.size * 8} {member.name};")
+            lines.append(f"\tchar {member.name}[{kind.size}];")
     return "\n".join([*lines, "};\n"])
+
+
+def _c_integer(kind: Integer) -> str:
+    return f"{'s' if kind.signed else 'u'}{kind.size * 8}"

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import resource
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ebpfstream.errors import LoadError, PrivilegeError, UnsupportedError
 
@@ -28,7 +29,7 @@ _SYSCALLS: Final = {
     "ppc64le": {"bpf": 361, "membarrier": 365, "perf_event_open": 319},
 }
 
-_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD = 0, 1, 2, 3, 5
 _OBJ_GET_INFO_BY_FD = 15
 
 _INSTRUCTION: Final = struct.Struct("<BBhi")  # struct bpf_insn: code, dst_reg:4 src_reg:4, off, imm
@@ -49,16 +50,38 @@ class MapType(IntEnum):
 
     HASH = 1
     ARRAY = 2
+    PROG_ARRAY = 3
     PERF_EVENT_ARRAY = 4
+    PERCPU_HASH = 5
     PERCPU_ARRAY = 6
+    STACK_TRACE = 7
+    CGROUP_ARRAY = 8
+    LRU_HASH = 9
+    LRU_PERCPU_HASH = 10
+    LPM_TRIE = 11
     ARRAY_OF_MAPS = 12
+    HASH_OF_MAPS = 13
+    QUEUE = 22
+    STACK = 23
     RINGBUF = 27
+
+    @classmethod
+    def _missing_(cls, value: object) -> MapType:
+        """Programs of others may have maps of any type; such a one is known by its number."""
+        member = int.__new__(cls, cast("int", value))
+        member._name_, member._value_ = f"TYPE_{value}", int(member)
+        return member
+
+
+PER_CPU: Final = (MapType.PERCPU_HASH, MapType.PERCPU_ARRAY, MapType.LRU_PERCPU_HASH)
 
 
 class ProgramType(IntEnum):
     """`enum bpf_prog_type`."""
 
+    KPROBE = 2
     TRACEPOINT = 5
+    PERF_EVENT = 7
     RAW_TRACEPOINT = 17
 
 
@@ -130,12 +153,14 @@ class Map(Descriptor):
             )
         return cls(fd, type, key_size, value_size, max_entries)
 
+    @property
+    def value_length(self) -> int:
+        """How many bytes a value takes on its way from or to the kernel."""
+        return (self.value_size + 7 & ~7) * possible_cpus() if self.type in PER_CPU else self.value_size
+
     def lookup(self, key: bytes) -> bytes | None:
         """The value at `key`, or None; of a per-CPU map each possible CPU's in turn, 8-byte aligned."""
-        size = self.value_size
-        if self.type is MapType.PERCPU_ARRAY:
-            size = (size + 7 & ~7) * possible_cpus()
-        value = ctypes.create_string_buffer(size)
+        value = ctypes.create_string_buffer(self.value_length)
         if bpf(_MAP_LOOKUP, struct.pack("<IIQQQ", self.fd, 0, address(key), ctypes.addressof(value), 0)) < 0:
             code = ctypes.get_errno()
             if code == errno.ENOENT:
@@ -143,11 +168,25 @@ class Map(Descriptor):
             raise OSError(code, os.strerror(code))
         return value.raw
 
-    def update(self, key: bytes, value: bytes) -> None:
-        """Set the value at `key`."""
-        if bpf(_MAP_UPDATE, struct.pack("<IIQQQ", self.fd, 0, address(key), address(value), 0)) < 0:
+    def update(self, key: bytes, value: bytes, flags: int = 0) -> None:
+        """Set the value at `key`; with BPF_NOEXIST (1) or BPF_EXIST (2) only if there is none, or one."""
+        if bpf(_MAP_UPDATE, struct.pack("<IIQQQ", self.fd, 0, address(key), address(value), flags)) < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+
+    def delete(self, key: bytes) -> bool:
+        """Remove the element at `key`; False if it was not there."""
+        if bpf(_MAP_DELETE, struct.pack("<IIQQQ", self.fd, 0, address(key), 0, 0)) < 0:
+            code = ctypes.get_errno()
+            if code != errno.ENOENT:
+                raise OSError(code, os.strerror(code))
+            return False
+        return True
+
+    def duplicate(self) -> Map:
+        """The same map with a descriptor of its own."""
+        fd = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        return Map(fd, self.type, self.key_size, self.value_size, self.max_entries)
 
 
 class Program(Descriptor):
@@ -229,9 +268,9 @@ class Program(Descriptor):
         return int(struct.unpack_from("<Q", info.raw, 208)[0])
 
 
-def perf_event_open(attributes: bytes, cpu: int) -> int:
-    """A perf event of all processes on one CPU: its descriptor, or -1 and errno."""
-    return _syscall("perf_event_open", attributes, -1, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
+def perf_event_open(attributes: bytes, cpu: int, pid: int = -1) -> int:
+    """A perf event of all processes, or of one thread, on one CPU: its descriptor, or -1 and errno."""
+    return _syscall("perf_event_open", attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
 
 
 def wait_for_running_programs() -> None:
@@ -274,17 +313,30 @@ def cpu_list(text: str) -> list[int]:
     return cpus
 
 
-def _with_maps(instructions: bytes, maps: Mapping[int, Map]) -> bytes:
-    """The instructions with each map's number replaced by its descriptor in this process."""
-    code = bytearray(instructions)
+def instructions_of(code: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """Each instruction: where it is, its opcode, both registers in one byte, offset, immediate."""
     position = 0
     while position < len(code):
         opcode, registers, offset, immediate = _INSTRUCTION.unpack_from(code, position)
-        if opcode == _LD_IMM64:
-            if registers >> 4 == _PSEUDO_MAP_FD:
-                _INSTRUCTION.pack_into(code, position, opcode, registers, offset, maps[immediate].fd)
-            position += _INSTRUCTION.size
-        position += _INSTRUCTION.size
+        yield position, opcode, registers, offset, immediate
+        position += _INSTRUCTION.size * (2 if opcode == _LD_IMM64 else 1)
+
+
+def map_numbers(code: bytes) -> set[int]:
+    """The numbers that stand in a map's place in the instructions."""
+    return {
+        immediate
+        for _, opcode, registers, _, immediate in instructions_of(code)
+        if opcode == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD
+    }
+
+
+def _with_maps(instructions: bytes, maps: Mapping[int, Map]) -> bytes:
+    """The instructions with each map's number replaced by its descriptor in this process."""
+    code = bytearray(instructions)
+    for position, opcode, registers, offset, immediate in instructions_of(instructions):
+        if opcode == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD:
+            _INSTRUCTION.pack_into(code, position, opcode, registers, offset, maps[immediate].fd)
     return bytes(code)
 
 
@@ -314,9 +366,11 @@ def privilege_error() -> PrivilegeError:
     return PrivilegeError(message)
 
 
-def bpf(command: int, attributes: bytes) -> int:
-    """Make the system call: what it returns, or -1 and errno."""
-    buffer = ctypes.create_string_buffer(attributes, max(len(attributes), 120))
+def bpf(command: int, attributes: bytes | ctypes.Array[ctypes.c_char]) -> int:
+    """Make the system call: what it returns, or -1 and errno.  Attributes to be written to come as a buffer."""
+    buffer = attributes
+    if isinstance(buffer, bytes):
+        buffer = ctypes.create_string_buffer(buffer, max(len(buffer), 120))
     for _ in range(2):
         result = _syscall("bpf", command, buffer, len(buffer))
         if result >= 0 or ctypes.get_errno() != errno.EPERM or not _raise_memlock():
@@ -361,5 +415,5 @@ def _syscall(name: str, *arguments: Any) -> int:
 
 
 def address(data: bytes) -> int:
-    """Where CPython keeps these bytes; they must be referenced until the call has returned."""
-    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+    """Where CPython keeps these bytes; they must be referenced until the call has returned.  0 for none."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0 if data else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import length_hint
 from types import TracebackType
 from typing import Final, Generic, Protocol, Self
@@ -14,13 +13,14 @@ from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
 from ebpfstream.batch import EventBatch, wall_clock_offset
-from ebpfstream.errors import ArgumentError, DecodeError, StreamBusyError, StreamClosedError
+from ebpfstream.errors import ArgumentError, DecodeError
 from ebpfstream.events import E_co
 from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import wait_for_running_programs
 from ebpfstream.kernel.buffers import Buffer
-from ebpfstream.loader import Counters
+from ebpfstream.readymade import Counters
 from ebpfstream.statistics import Statistics
+from ebpfstream.turns import Turn
 
 LATENCY: Final = 0.001
 """Seconds that events may gather after a wakeup, unless told otherwise."""
@@ -34,11 +34,18 @@ _UNFINISHED_PAUSE: Final = 0.0005
 class Source(Protocol):
     """What a stream reads from: programs that submit to one buffer."""
 
+    @property
+    def buffer(self) -> Buffer | None:
+        """The buffer, where it is there before `open`."""
+
     async def open(self) -> Buffer:
         """Attach; whatever is submitted after the return is in the buffer."""
 
     def detach(self) -> None:
         """Let no further run of the programs begin."""
+
+    def stop(self) -> None:
+        """Let nothing new come into the buffer, as far as that can be: nobody will read it."""
 
     def counters(self) -> Counters:
         """What the programs counted."""
@@ -74,13 +81,12 @@ class EventStream(Generic[E_co]):
         self._source = source
         self._event_type = event_type
         self._latency = latency
-        self._buffer: Buffer | None = None
+        self._buffer = source.buffer
+        self._started = False
         self._behind = False  # the last drain left much, or stopped at its limit
         self._detached = False
         self._quiet = False  # and no program is running any more
-        self._closed = False
-        self._turn = anyio.Lock()  # held by whoever waits for the next batch
-        self._waiting: CancelScope | None = None
+        self._turn = Turn("event")
         # Of the batch in hand: the events being iterated, and the lists that follow them.
         self._batch: EventBatch[E_co] | None = None
         self._chunk: Iterator[E_co] = iter(())
@@ -93,7 +99,7 @@ class EventStream(Generic[E_co]):
         self._final: Counters | None = None
 
     async def __aenter__(self) -> Self:
-        with self._turn_taken():
+        with self._turn.taken():
             await self._opened()
         return self
 
@@ -170,13 +176,13 @@ class EventStream(Generic[E_co]):
 
     async def _next_batch(self) -> EventBatch[E_co] | None:
         """The next events from the kernel; None when there will be none."""
-        with self._turn_taken():
+        with self._turn.taken():
             while True:
                 # detach() and aclose() cancel the scope, to be noticed at once.
-                with CancelScope() as self._waiting:
-                    if self._detached and self._buffer is None:
+                with self._turn.waiting():
+                    buffer = self._buffer if self._detached else await self._opened()
+                    if buffer is None:
                         return None
-                    buffer = await self._opened()
                     if not await self._gathered(buffer):
                         return None
                     records = buffer.drain(_BATCH_BYTES)
@@ -189,7 +195,7 @@ class EventStream(Generic[E_co]):
                     self._behind = batch.nbytes >= _BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
                     if batch:
                         return batch
-                self._check_open()
+                self._turn.check_open()
 
     async def _gathered(self, buffer: Buffer) -> bool:
         """Wait for events, and a little longer for more of them; False when none can come."""
@@ -215,32 +221,12 @@ class EventStream(Generic[E_co]):
         self._batches += 1
 
     async def _opened(self) -> Buffer:
-        if self._buffer is None:
+        if self._buffer is None or not self._started:
             self._buffer = await self._source.open()
+            self._started = True
             if self._detached:  # meanwhile
                 self._source.detach()
         return self._buffer
-
-    @contextmanager
-    def _turn_taken(self) -> Iterator[None]:
-        self._check_open()
-        try:
-            self._turn.acquire_nowait()
-        except anyio.WouldBlock:
-            raise StreamBusyError(
-                "another task is waiting for this stream's next event: "
-                "iterate it in one task, and hand events on from there"
-            ) from None
-        try:
-            yield
-        finally:
-            self._turn.release()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StreamClosedError(
-                "this stream is closed: call the function that made it again for a new one"
-            )
 
     def statistics(self) -> Statistics:
         """The ledger so far; after closing, the final one."""
@@ -266,7 +252,7 @@ class EventStream(Generic[E_co]):
 
         Raises ArgumentError for a cgroup that there is not, StreamClosedError.
         """
-        self._check_open()
+        self._turn.check_open()
         self._source.set_filters(filters)
 
     def detach(self) -> None:
@@ -278,11 +264,7 @@ class EventStream(Generic[E_co]):
         if not self._detached:
             self._detached = True
             self._source.detach()
-            self._interrupt()
-
-    def _interrupt(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
+            self._turn.interrupt()
 
     async def aclose(self) -> None:
         """Detach, count what is left in the buffer as unread, read the final counters, and free everything.
@@ -290,20 +272,18 @@ class EventStream(Generic[E_co]):
         A task that waits for the next event gets StreamClosedError.  Raises that itself when the
         stream was closed before; leaving the `async with` block never does.
         """
-        self._check_open()
+        self._turn.check_open()
         await self._close()
 
     async def _close(self) -> None:
-        if self._closed:
+        if self._turn.closed:
             return
-        self._closed = True
-        self._interrupt()
         with CancelScope(shield=True):
-            async with self._turn:
+            async with self._turn.close():
                 self._detached = True
                 if self._buffer is not None:
                     # In a thread: the kernel waits for grace periods in both.
-                    await run_sync(self._source.detach)
+                    await run_sync(self._source.stop)
                     await run_sync(wait_for_running_programs)
                     self._buffer.finish()
                     while records := self._buffer.drain(_BATCH_BYTES):
@@ -320,7 +300,8 @@ class EventStream(Generic[E_co]):
         self._source.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_buffer", None) is not None:
+        turn = getattr(self, "_turn", None)  # there is none if a wrong argument was given
+        if turn is not None and not turn.closed:
             self._release()
 
 

@@ -1,0 +1,359 @@
+"""trace_pipe: what programs print with `bpf_trace_printk`, line by line.
+
+All programs of the machine print into one pipe, and each line goes to one reader.  A read that asks
+for one byte makes the kernel format one entry of its buffer and no more; what the next read returns
+is the rest of that entry (tracing_read_pipe(), kernel/trace/trace.c).  So entries are known from one
+another without looking for newlines: no line comes in parts, and neither a message nor a process's
+name, whatever stands in it, passes for another line.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import anyio
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint
+from anyio.to_thread import run_sync
+
+from ebpfstream.errors import PrivilegeError, StreamBusyError, StreamClosedError, UnsupportedError
+from ebpfstream.kernel import tracefs
+from ebpfstream.kernel.bpf import Descriptor
+from ebpfstream.lost import Lost
+from ebpfstream.text import decode, printable
+
+_READ_BYTES: Final = 1 << 16  # an entry is shorter than the kernel's buffer for it, 8 KiB or a page
+_ENTRIES_AT_ONCE: Final = 64
+_PAUSE: Final = 0.01
+
+# print_trace_line(), kernel/trace/trace.c
+_LOST: Final = re.compile(rb"CPU:(\d{1,9}) \[LOST (?:(\d{1,20}) )?EVENTS\]\n")
+# trace_print_context(), kernel/trace/trace_output.c.  The name takes 16 bytes, whatever is in it.  Before
+# Linux 5.9 an address that is none, 1, stands for the event's name (bpf_trace_printk(),
+# kernel/trace/bpf_trace.c).
+_LINE: Final = re.compile(
+    rb"(.{16})-(\d{1,10}) +"
+    rb"(?:\( *(?:\d{1,10}|-+)\) +)?"  # option record-tgid
+    rb"\[(\d{1,9})\] "
+    rb"(\S{4,8} |)"  # not with noirq-info
+    rb" *(\d{1,20}(?:\.\d{1,9})?): "
+    rb"(?:bpf_trace_printk|0x0*1): ",
+    re.DOTALL,
+)
+# Options that write another form than that.
+_OTHER_FORMS: Final = frozenset({"raw", "hex", "bin", "fields", "latency-format", "nocontext-info"})
+
+
+@dataclass
+class TraceLine:
+    """One message of `bpf_trace_printk`."""
+
+    task: str
+    """The name that the kernel remembers for the thread when the line is read, without blanks at its
+    beginning; `<...>` if it remembers none, `<idle>` for the idle task."""
+    pid: int
+    """The thread that was running (the kernel's pid, in the initial namespace)."""
+    cpu: int
+    """The CPU it was running on."""
+    flags: str
+    """Its state in four or more letters, of which /sys/kernel/tracing/trace has the legend; empty with the
+    trace option noirq-info."""
+    timestamp: float
+    """The trace clock as printed: seconds, or ticks if the clock is one that counts."""
+    message: str
+    """What was printed, without newlines at its end; those inside are kept."""
+
+
+def parse(entry: bytes) -> list[TraceLine | Lost]:
+    """What one entry of trace_pipe says: a line, the loss of others before it, both, or nothing.
+
+    Entries of other events that somebody has enabled (ftrace) are left out.  `Lost` counts what the
+    CPU's buffer had no room for, those included.  Bytes that are no entry at all yield nothing.
+    """
+    found: list[TraceLine | Lost] = []
+    position = 0
+    if lost := _LOST.match(entry):
+        cpu, count = lost.groups()
+        found.append(Lost(int(cpu), None if count is None else int(count)))
+        position = lost.end()
+    if line := _LINE.match(entry, position):
+        task, pid, cpu, flags, timestamp = line.groups()
+        found.append(
+            TraceLine(
+                decode(task.lstrip(b" ")),
+                int(pid),
+                int(cpu),
+                decode(flags.rstrip(b" ")),
+                float(timestamp),
+                decode(entry[line.end() :].rstrip(b"\n")),
+            )
+        )
+    return found
+
+
+class TracePipe(Descriptor):
+    """The pipe, open; only one such thing at a time on a machine.
+
+    Opening sees to it that the event behind `bpf_trace_printk` is enabled, as loading a program that
+    calls it does, and that the kernel's buffer has its full size, which it gets when somebody enables
+    an event by hand: it begins with two pages for each CPU.
+
+    Raises StreamBusyError if another reader has it open, PrivilegeError, and UnsupportedError if
+    nothing can come: tracing switched off, or written in another form.
+    """
+
+    __slots__ = ("_folder",)
+
+    def __init__(self, path: Path | None = None) -> None:
+        path = path or tracefs.folder() / "trace_pipe"
+        self._folder = path.parent
+        super().__init__(-1)
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except PermissionError as error:
+            raise PrivilegeError(
+                f"{path} cannot be opened by this user ({error.strerror}): run as root, or remount tracefs for "
+                "the user's group (mount -o remount,gid=…,mode=750); a kernel that is locked down "
+                "(confidentiality) lets nobody in"
+            ) from error
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise _busy(path, _readers(path)) from error
+        try:
+            self._check_for_other_readers(path)
+            self._check_settings()
+        except BaseException:
+            self.close()
+            raise
+        # Not there before Linux 5.9; not for a user who may only read.
+        with suppress(OSError):
+            (self._folder / "events/bpf_trace/bpf_trace_printk/enable").write_text("1")
+
+    def _check_for_other_readers(self, path: Path) -> None:
+        """Before Linux 6.6 the kernel lets several in, and shares the lines out among them."""
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        except OSError:
+            return
+        if readers := _readers(path, but=self.fd):
+            raise _busy(path, readers)
+
+    def _check_settings(self) -> None:
+        if self._setting("tracing_on").strip() == "0":
+            raise UnsupportedError(
+                f"tracing is switched off, so bpf_trace_printk prints nothing: echo 1 > {self._folder}/tracing_on"
+            )
+        if wrong := sorted(_OTHER_FORMS.intersection(self._setting("trace_options").split())):
+            undone = " ".join(option[2:] if option.startswith("no") else f"no{option}" for option in wrong)
+            raise UnsupportedError(
+                f"lines of trace_pipe cannot be read with the trace options {', '.join(wrong)}: "
+                f"for option in {undone}; do echo $option > {self._folder}/trace_options; done"
+            )
+
+    def _setting(self, name: str) -> str:
+        with suppress(OSError):
+            return (self._folder / name).read_text()
+        return ""
+
+    def read(self, most: int) -> list[bytes]:
+        """As many entries as are there, up to `most`; never blocks."""
+        entries: list[bytes] = []
+        with suppress(BlockingIOError):
+            while len(entries) < most and (first := os.read(self.fd, 1)):
+                entries.append(first + os.read(self.fd, _READ_BYTES))
+        return entries
+
+    def drain(self) -> None:
+        """Take out as many entries as there are at this moment, however fast others come."""
+        statistics = [path.read_text() for path in self._folder.glob("per_cpu/cpu*/stats")]
+        left = sum(int(count) for text in statistics for count in re.findall(r"^entries: (\d+)", text, re.M))
+        while left > 0 and (entries := self.read(min(left, _ENTRIES_AT_ONCE))):
+            left -= len(entries)
+
+
+def _busy(path: Path, readers: list[str]) -> StreamBusyError:
+    who = " and ".join(readers) or "a process that this one cannot see"
+    return StreamBusyError(
+        f"{path} is being read by {who}, and each line goes to one reader only: end that one first "
+        "(one stream has the lines of all programs)"
+    )
+
+
+def _readers(path: Path, but: int = -1) -> list[str]:
+    """Who has the pipe open, or that of one CPU, except for our own descriptor `but`."""
+    wanted = set()
+    for each in (path, *path.parent.glob("per_cpu/cpu*/trace_pipe")):
+        with suppress(OSError):
+            wanted.add(_identity(each))
+    ours = Path("/proc/self").readlink().name
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is not ours to look into
+            descriptors = [
+                descriptor
+                for descriptor in (process / "fd").iterdir()
+                if (process.name, descriptor.name) != (ours, str(but)) and _is_one_of(descriptor, wanted)
+            ]
+            if descriptors:
+                name = printable(decode((process / "comm").read_bytes().rstrip(b"\n")))
+                found.append("this process itself" if process.name == ours else f"{name} ({process.name})")
+    return found
+
+
+def _is_one_of(descriptor: Path, wanted: set[tuple[int, int]]) -> bool:
+    with suppress(OSError):
+        # The name first: looking into a file may take long, or hang, on a network.
+        return descriptor.readlink().name == "trace_pipe" and _identity(descriptor) in wanted
+    return False
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _opened(path: Path | None, on_start: Callable[[], None] | None) -> TracePipe:
+    pipe = TracePipe(path)
+    try:
+        pipe.drain()
+        if on_start is not None:
+            on_start()
+    except BaseException:
+        pipe.close()
+        raise
+    return pipe
+
+
+class TraceStream:
+    """Lines of `bpf_trace_printk`, as an asynchronous iterator of TraceLine and Lost.
+
+        async with bpf.trace() as lines:
+            async for line in lines:
+                ...
+
+    Entering the block, or the first iteration without one, opens the pipe; what was printed before
+    that is dropped.  Leaving it closes the pipe, as does dropping the last reference; what has not
+    been asked for by then is dropped, too.  Lines come in the order of the trace clock, from all
+    programs of the machine.  One task at a time may iterate.
+
+    `path` is another trace_pipe than the machine's, such as one of a trace instance.  `on_start` is
+    called, in a thread, when the pipe is open: what is printed from then on is in the stream.
+
+    Works on asyncio (uvloop too) and trio.
+    """
+
+    def __init__(self, on_start: Callable[[], None] | None = None, *, path: Path | None = None) -> None:
+        self._on_start = on_start
+        self._path = path
+        self._pipe: TracePipe | None = None
+        self._lines: Iterator[TraceLine | Lost] = iter(())
+        self._closed = False
+        self._turn = anyio.Lock()  # held by whoever waits for the next lines
+        self._waiting: CancelScope | None = None
+
+    async def __aenter__(self) -> Self:
+        with self._turn_taken():
+            await self._opened()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TraceLine | Lost:
+        """The next line, or what was lost before it.
+
+        Raises StreamClosedError, StreamBusyError; at the first call all that opening may raise.
+        """
+        for line in self._lines:
+            return line
+        self._lines = iter(await self._next_lines())
+        return next(self._lines)
+
+    async def _next_lines(self) -> list[TraceLine | Lost]:
+        with self._turn_taken():
+            woken = False
+            while True:
+                # aclose() cancels the scope, to be noticed at once.
+                with CancelScope() as self._waiting:
+                    pipe = await self._opened()
+                    await checkpoint()
+                    entries = pipe.read(_ENTRIES_AT_ONCE)
+                    if lines := [line for entry in entries for line in parse(entry)]:
+                        return lines
+                    if not entries:
+                        if woken:  # for nothing, as always with the trace option "block"
+                            await anyio.sleep(_PAUSE)
+                        await anyio.wait_readable(pipe.fd)
+                    woken = not entries
+                self._check_open()
+
+    async def _opened(self) -> TracePipe:
+        if self._pipe is None:
+            # In a thread: attaching what prints takes the kernel up to some 100 ms.
+            self._pipe = await run_sync(_opened, self._path, self._on_start)
+        return self._pipe
+
+    @contextmanager
+    def _turn_taken(self) -> Iterator[None]:
+        self._check_open()
+        try:
+            self._turn.acquire_nowait()
+        except anyio.WouldBlock:
+            raise StreamBusyError(
+                "another task is waiting for this stream's next line: "
+                "iterate it in one task, and hand lines on from there"
+            ) from None
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamClosedError(
+                "this stream is closed: call the function that made it again for a new one"
+            )
+
+    async def aclose(self) -> None:
+        """Close the pipe.
+
+        A task that waits for the next line gets StreamClosedError.  Raises that itself when the
+        stream was closed before; leaving the `async with` block never does.
+        """
+        self._check_open()
+        await self._close()
+
+    async def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+        with CancelScope(shield=True):
+            async with self._turn:
+                self._lines = iter(())
+                if self._pipe is not None:
+                    self._pipe.close()
+                    self._pipe = None
+
+    def __del__(self) -> None:
+        # Not by its own last reference: the thread that opened it may hold another for a moment.
+        if (pipe := getattr(self, "_pipe", None)) is not None:
+            pipe.close()

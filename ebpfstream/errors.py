@@ -55,8 +55,24 @@ class EventTypeError(EbpfStreamError, TypeError):
     """An event class whose fields have no layout in C; raised when the class is first used."""
 
 
+class MapError(EbpfStreamError):
+    """The kernel refused something with a map, or it is a map that does not do that."""
+
+
+class MapIndexError(MapError, IndexError):
+    """An index that the map does not have, or a queue or stack that is empty."""
+
+
 class DecodeError(EbpfStreamError):
     """A record that its event type does not fit; names the field, its offset and its type."""
+
+
+class CorruptBufferError(EbpfStreamError):
+    """A buffer's memory holds what the kernel never leaves there: no record of it can be told from another any more."""
+
+
+class NotOpenError(EbpfStreamError):
+    """A BPF object was used outside of its `async with` block."""
 
 
 class StreamClosedError(EbpfStreamError):

@@ -1,167 +1,377 @@
-"""C text → compiled, loaded, attached, its maps by name."""
+"""BPF: C text → compiled, loaded, attached; its outputs as streams, its maps by name."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self, overload
+from weakref import WeakSet
 
+from anyio import CancelScope
 from anyio.to_thread import run_sync
 
-from ebpfstream.errors import ArgumentError
-from ebpfstream.events import Event, c_struct
-from ebpfstream.filters import SIZE as FILTERS_SIZE
-from ebpfstream.filters import Filters
-from ebpfstream.kernel import buffers, compiler
-from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType
-from ebpfstream.kernel.buffers import Buffer, Kind
+from ebpfstream import descriptions
+from ebpfstream.c_types import CType
+from ebpfstream.errors import (
+    ArgumentError,
+    CompileError,
+    EventTypeError,
+    NotOpenError,
+    StreamBusyError,
+)
+from ebpfstream.events import E_co, Event
+from ebpfstream.hooks import Hooks
+from ebpfstream.kernel import buffers, compiler, maps
+from ebpfstream.kernel.bpf import Map, MapType
+from ebpfstream.kernel.buffers import Buffer
+from ebpfstream.kernel.c_text import probed_tracepoints
 from ebpfstream.kernel.compiler import Module
-from ebpfstream.kernel.links import Hook, Link, RawTracepoint
+from ebpfstream.kernel.links import Hook, Link
+from ebpfstream.kernel.maps import TypedMap
+from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.kernel.perfbuf import PerfBuffer
+from ebpfstream.kernel.ringbuf import RingBuffer
+from ebpfstream.kernel.tracefs import tracepoint_id
+from ebpfstream.kernel.tracepipe import TraceStream
+from ebpfstream.outputs import PROBE, Output, OutputTypes
+from ebpfstream.programs import UserPrograms
+from ebpfstream.snapshots import Snapshots
+from ebpfstream.stream import LATENCY, EventStream
 
-BPF_FOLDER: Final = Path(__file__).parent / "bpf"
-
-# The numbers by which bpf/*.h know their maps; far from those that BCC gives to its own.
-_OUTPUT, _COUNTERS, _SCRATCH, _FILTERS = (0x5EB0000 + number for number in range(4))
-_SCRATCH_SIZE: Final = 32768  # SCRATCH_SIZE in ebpfstream.h
-_COUNTERS_LAYOUT: Final = struct.Struct("<QQQQ")  # struct counters in ebpfstream.h
-
-
-class Counters(NamedTuple):
-    """What the programs themselves counted, over all CPUs."""
-
-    rejected: int = 0
-    tried: int = 0
-    submitted: int = 0
-    lost: int = 0
-    misses: int | None = 0
+_OUTPUTS = (MapType.PERF_EVENT_ARRAY, MapType.RINGBUF)
 
 
-class ReadyMade:
-    """A program that keeps to `bpf/ebpfstream.h`, as the source of a stream.
+class BPF(Hooks):
+    """A BPF program of your own, in BCC's dialect of C; BCC's class of that name, asynchronous.
 
-    `path` is its text; `hooks` say which of its functions is attached where, in the order of the
-    programs' numbers.
+        async with BPF(text=HELLO) as bpf:
+            bpf.attach_syscall("execve", fn_name="hello")
+            async for event in bpf.events("output"):
+                ...
+
+    Entering the block compiles the text and makes its maps; leaving it detaches its programs, closes
+    its streams (their statistics stay) and frees everything.  Methods raise NotOpenError outside of it.
+
+    Programs whose names attach themselves in BCC (`kprobe__…`, `TRACEPOINT_PROBE` and so on) are
+    attached when the block is entered if the text declares no output.  If it does, they are attached
+    when the first stream (of events, trace lines or snapshots) is entered or iterated, so that nothing
+    gets lost before there is a buffer; `attach()` does it before that.
+
+    `src_file` is the text's file, beside which headers are looked for; `text` is the text itself, and
+    headers are looked for in the working directory.  `cflags` are the compiler's.
+
+    Linux ≥ 4.17.  Root, or CAP_BPF and CAP_PERFMON; also CAP_SYS_ADMIN where a kernel before 5.8
+    knows those two not.
     """
 
     def __init__(
-        self,
-        path: Path,
-        event_type: type[Event],
-        hooks: Mapping[str, Hook],
-        *,
-        cflags: Sequence[str] = (),
-        filters: Filters | None = None,
-        buffer: Kind = "auto",
-        buffer_size: int = buffers.SIZE,
-        max_delay: float = 0,
+        self, src_file: str | os.PathLike[str] = "", *, text: str | bytes = "", cflags: Sequence[str] = ()
     ) -> None:
-        buffers.check(buffer, buffer_size)
-        if not max_delay >= 0:
-            raise ArgumentError(f"max_delay={max_delay!r} is impossible: give seconds, 0 or more")
-        self._path = path
-        self._event_type = event_type
-        self._hooks = hooks
-        self._cflags = cflags
-        self._filters = filters or Filters()
-        self._buffer = (buffer, buffer_size, max_delay)
-        self._owned = ExitStack()
-        self._programs: list[Program] = []
-        self._links: list[Link] = []
-        self._counters: Map | None = None
-        self._filters_map: Map | None = None
+        if bool(src_file) is bool(text):
+            raise ArgumentError("give BPF either text= or src_file=")
+        if src_file:
+            path = Path(src_file).absolute()
+            try:
+                text = path.read_text()
+            except OSError as error:
+                raise ArgumentError(f"{src_file} cannot be read: {error.strerror}") from error
+            folder = path.parent
+        else:
+            folder = Path.cwd()
+        self._text = text.decode() if isinstance(text, bytes) else text
+        self._cflags = [f"-I{folder}", *cflags]
+        self._types = OutputTypes(self._text)
+        self._module: Module | None = None
+        self._closed = False
+        self._own_attached = False
+        self._attaching = Lock()
+        self._programs: UserPrograms | None = None
+        self._typed: dict[str, TypedMap] = {}
+        self._read: set[str] = set()  # outputs of which there is a stream
+        self._streams: WeakSet[EventStream[Any] | Snapshots] = WeakSet()
 
-    async def open(self) -> Buffer:
-        """Compile, load and attach; from its return on, every event is in the buffer or counted."""
+    async def __aenter__(self) -> Self:
+        if self._closed or self._module is not None:
+            raise NotOpenError("this BPF was entered before: make a new one")
+        # A map first: it tells at once whether this process may do any of it.
+        Map.create("probe", MapType.ARRAY, key_size=4, value_size=4, max_entries=1).close()
+        self._module = await self._compiled()
+        self._programs = UserPrograms(self._module)
+        if not any(made.type in _OUTPUTS for made in self._module.maps.values()):
+            try:
+                await run_sync(self.attach)
+            except BaseException:
+                await self.aclose()
+                raise
+        return self
+
+    async def _compiled(self) -> Module:
+        probes = self._types.declarations
+        if probes:
+            try:
+                return await compiler.compile(self._text + probes, self._cflags)
+            except CompileError:
+                pass  # of the text itself, or because a type is not one outside of its function
         try:
-            return await self._open()
-        except BaseException:
-            self.close()
+            return await compiler.compile(self._text, self._cflags)
+        except CompileError:
+            # Of a tracepoint that there is not BCC says that a struct is incomplete.
+            for category, name in probed_tracepoints(self._text):
+                tracepoint_id(category, name)
             raise
 
-    async def _open(self) -> Buffer:
-        # The maps first: they tell at once whether this process may do any of it.
-        buffer = buffers.create(*self._buffer)
-        self._owned.callback(buffer.close)
-        self._counters = self._per_cpu_map("counters", _COUNTERS_LAYOUT.size)
-        self._filters_map = Map.create(
-            "filters", MapType.HASH, key_size=4, value_size=FILTERS_SIZE, max_entries=1
-        )
-        self._owned.callback(self._filters_map.close)
-        self.set_filters(self._filters)
-        maps = {
-            _OUTPUT: buffer.map,
-            _COUNTERS: self._counters,
-            _SCRATCH: self._per_cpu_map("scratch", _SCRATCH_SIZE),
-            _FILTERS: self._filters_map,
-        }
-        numbers = {"OUTPUT": _OUTPUT, "COUNTERS": _COUNTERS, "SCRATCH": _SCRATCH, "FILTERS": _FILTERS}
-        flags = [
-            f"-I{BPF_FOLDER}",
-            *(f"-D{name}={number}" for name, number in numbers.items()),
-            *self._cflags,
-        ]
-        if buffer.map.type is MapType.PERF_EVENT_ARRAY:
-            flags.append("-DPERF_BUFFER")
-        module = await compiler.compile(c_struct(self._event_type) + self._path.read_text(), flags)
-        # Verifying takes the kernel some 100 ms, in which other tasks want to run.
-        await run_sync(self._attach, module, maps)
-        return buffer
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
 
-    def _attach(self, module: Module, maps: Mapping[int, Map]) -> None:
-        for function, hook in self._hooks.items():
-            program = Program.load(
-                function,
-                ProgramType.RAW_TRACEPOINT if isinstance(hook, RawTracepoint) else ProgramType.TRACEPOINT,
-                module.functions[function],
-                maps,
-                license=module.license,
-                kernel_version=module.kernel_version,
+    async def aclose(self) -> None:
+        """What leaving the block does.  Closing again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        with CancelScope(shield=True):
+            if self._programs is not None:
+                await run_sync(self._programs.detach)
+            for stream in list(self._streams):
+                await stream.__aexit__(None, None, None)
+        with ExitStack() as stack:
+            if self._module is not None and self._programs is not None:
+                stack.callback(self._programs.close)
+                for made in self._module.maps.values():
+                    stack.callback(made.close)
+
+    # --- what it declares
+
+    def _opened(self) -> Module:
+        if self._module is None or self._closed:
+            raise NotOpenError("use BPF within its block: async with BPF(text=…) as bpf: …")
+        return self._module
+
+    @property
+    def functions(self) -> list[str]:
+        """The names of its programs."""
+        return sorted(self._opened().functions)
+
+    @property
+    def maps(self) -> Mapping[str, TypedMap]:
+        """Its maps by name, outputs left out; their keys and values are Python's."""
+        module = self._opened()
+        for name in module.maps:
+            if name not in self._typed and not name.startswith(PROBE):
+                self._typed[name] = self._typed_map(name)
+        return _Maps(self._typed)
+
+    def _typed_map(self, name: str) -> TypedMap:
+        made, described = self._opened().maps[name], self._opened().described[name]
+        return maps.typed(
+            made, name, _type(described.key, made.key_size), _type(described.value, made.value_size)
+        )
+
+    def event_type(self, output: str) -> type[Event]:
+        """The dataclass of what is submitted to an output, derived from the text.  Raises EventTypeError."""
+        self._output(output)
+        return self._types.of(output, self._opened()).event_type
+
+    def _output(self, name: str) -> Map:
+        module = self._opened()
+        outputs = [known for known, made in module.maps.items() if made.type in _OUTPUTS]
+        if name in module.maps and name not in outputs:
+            raise ArgumentError(
+                f"{name!r} is a map ({module.maps[name].type.name}), not an output: read bpf.maps[{name!r}], or "
+                f"iterate bpf.snapshots({name!r})"
             )
-            self._owned.callback(program.close)
-            self._programs.append(program)
-        for program in self._programs:
-            link = Link.attach(program, self._hooks[program.name])
-            self._owned.callback(link.close)
-            self._links.append(link)
+        if name not in outputs:
+            raise ArgumentError(
+                f"the program declares no output {name!r}{did_you_mean(near(name, outputs))} "
+                f"(it has {', '.join(outputs) or 'none'}: BPF_PERF_OUTPUT or BPF_RINGBUF_OUTPUT declares one)"
+            )
+        return module.maps[name]
 
-    def _per_cpu_map(self, name: str, value_size: int) -> Map:
-        made = Map.create(
-            name, MapType.PERCPU_ARRAY, key_size=4, value_size=value_size, max_entries=len(self._hooks)
+    # --- streams
+
+    @overload
+    def events(
+        self,
+        output: str,
+        event_type: type[E_co],
+        *,
+        latency: float = ...,
+        buffer_size: int | None = ...,
+        max_delay: float = ...,
+    ) -> EventStream[E_co]: ...
+    @overload
+    def events(
+        self,
+        output: str,
+        event_type: None = ...,
+        *,
+        latency: float = ...,
+        buffer_size: int | None = ...,
+        max_delay: float = ...,
+    ) -> EventStream[Any]: ...
+    def events(
+        self,
+        output: str,
+        event_type: type[Event] | None = None,
+        *,
+        latency: float = LATENCY,
+        buffer_size: int | None = None,
+        max_delay: float = 0,
+    ) -> EventStream[Any]:
+        """What is submitted to an output, BPF_PERF_OUTPUT or BPF_RINGBUF_OUTPUT, as a stream of events.
+
+        The type of the events is derived from the program's text, or is `event_type`, which is checked
+        against that: offsets and sizes must agree, names need not.
+
+        The buffer is opened by this call: whatever is submitted from then on is in the stream, or lost
+        for want of room.  A perf buffer has `buffer_size` bytes in all (4 MiB unless told otherwise),
+        and waits `max_delay` seconds for late records of other CPUs; a ring buffer's size is the text's.
+        How many events a ring buffer had no room for only the program could tell, so the statistics
+        say None.
+
+        One stream at a time reads an output.  Closing it leaves the programs attached; `detach()`
+        of the stream takes those off that submit to it.
+
+        Raises ArgumentError for a name that there is not, EventTypeError for a type that is not the
+        program's or cannot be derived, StreamBusyError if the output is being read.
+        """
+        made = self._output(output)
+        if output in self._read:
+            raise StreamBusyError(
+                f"{output!r} is being read by another stream, and each record can be read once: close that one, "
+                "or share its events"
+            )
+        if event_type is None:
+            event_type = self.event_type(output)
+        elif self._types.shows(output):
+            descriptions.check(event_type, self._types.of(output, self._opened()))
+        source = Output(
+            _buffer(made, output, buffer_size, max_delay),
+            start=partial(run_sync, self.attach),
+            submitters=partial(self._loaded().submitting_to, made),
+            release=partial(self._read.discard, output),
         )
-        self._owned.callback(made.close)
-        return made
+        try:
+            stream: EventStream[Any] = EventStream(source, event_type, latency=latency)
+        except ArgumentError:
+            source.close()
+            raise
+        self._read.add(output)
+        self._streams.add(stream)
+        return stream
 
-    def set_filters(self, filters: Filters) -> None:
-        """Let the programs leave out what does not meet these, from now on.  Raises ArgumentError."""
-        packed = filters.pack()
-        if self._filters_map is not None:
-            self._filters_map.update(bytes(4), packed)
-        self._filters = filters
+    def trace(self) -> TraceStream:
+        """What programs print with bpf_trace_printk(), as a stream of TraceLine and Lost.
+
+        The kernel has one pipe for all programs of the machine, and one reader of it at a time:
+        StreamBusyError at the first iteration if there is another one.
+        """
+        self._opened()
+        return TraceStream(self.attach)
+
+    def snapshots(
+        self, name: str, every: float = 2.0, *, drain: bool = False, per_cpu: bool = False
+    ) -> Snapshots:
+        """A map's contents every so many seconds, each time as a dict: a Snapshot.
+
+        Of counters, `snapshot.since(earlier)` is what came between two, exactly.  `drain` takes what is
+        read out of the map, which is exact for values that programs put there whole, and for queues; a
+        program that is adding to a counter just then loses that addition.  Numbers that each CPU has one
+        of are added up, unless `per_cpu` asks for all of them.
+        """
+        snapshots = Snapshots(self.maps[name], every, drain=drain, per_cpu=per_cpu, on_start=self.attach)
+        self._streams.add(snapshots)
+        return snapshots
+
+    # --- programs
+
+    def attach(self) -> None:
+        """Attach the programs that attach themselves by their names.  Again it does nothing."""
+        functions = self.functions
+        with self._attaching:
+            if self._own_attached:
+                return
+            links: list[Link] = []
+            try:
+                for function in functions:
+                    hook = self._own_hook(function)
+                    if hook is not None:
+                        links.append(self._attach(function, hook))
+            except BaseException:
+                for link in links:
+                    link.close()
+                raise
+            self._own_attached = True
 
     def detach(self) -> None:
-        """Let no further run of the programs begin; those that are running may still submit."""
-        for link in self._links:
-            link.close()
+        """Take all programs off their hooks: streams end with what was submitted before."""
+        self._opened()
+        with self._attaching:
+            self._own_attached = True  # or would be, at the next iteration
+            self._loaded().detach()
+        for stream in list(self._streams):
+            if isinstance(stream, EventStream):
+                stream.detach()
 
-    def counters(self) -> Counters:
-        """What the programs counted so far; exact once none of them runs any more."""
-        if self._counters is None:
-            return Counters()
-        totals = [0] * 4
-        for index in range(self._counters.max_entries):
-            values = self._counters.lookup(struct.pack("<I", index)) or b""
-            for on_cpu in _COUNTERS_LAYOUT.iter_unpack(values):
-                totals = [total + count for total, count in zip(totals, on_cpu, strict=True)]
-        misses = [program.recursion_misses() for program in self._programs]
-        known = [count for count in misses if count is not None]
-        rejected, tried, submitted, lost = totals
-        return Counters(rejected, tried, submitted, lost, sum(known) if len(known) == len(misses) else None)
+    def tail_calls(self, name: str, functions: Mapping[int, str]) -> None:
+        """Let a program array call these functions: `{59: "hello_execve"}`.
 
-    def close(self) -> None:
-        """Give everything back to the kernel, attached or not."""
-        self._counters = self._filters_map = None
-        self._programs.clear()
-        self._links.clear()
-        self._owned.close()
+        They are loaded as the kind of program that the callers are.  Called before the callers are
+        attached, they are in place before the first call; called after, at once.
+
+        Raises ArgumentError for an array, an index or a function that there is not, LoadError for a
+        function that the kernel does not accept as that kind of program.
+        """
+        self._loaded().tail_calls(name, functions)
+
+    def _attach(self, function: str, hook: Hook) -> Link:
+        return self._loaded().attach(function, hook)
+
+    def _attach_all(self, function: str, hooks: Iterable[Hook], which: str) -> Link:
+        return self._loaded().attach_all(function, hooks, which)
+
+    def _loaded(self) -> UserPrograms:
+        self._opened()
+        assert self._programs is not None
+        return self._programs
+
+
+class _Maps(dict[str, TypedMap]):
+    """Says which maps there are when asked for another."""
+
+    def __missing__(self, name: str) -> TypedMap:
+        raise ArgumentError(
+            f"the program declares no map {name!r}{did_you_mean(near(name, self))} (it has {', '.join(self) or 'none'})"
+        )
+
+
+def _type(description: Any, size: int) -> CType | None:
+    """None, which stands for bytes, where BCC does not describe it whole."""
+    if description is None or not size:
+        return None
+    try:
+        return descriptions.parse(description, size)
+    except EventTypeError:
+        return None
+
+
+def _buffer(made: Map, name: str, size: int | None, max_delay: float) -> Buffer:
+    if made.type is MapType.RINGBUF:
+        if size is not None or max_delay:
+            raise ArgumentError(
+                f"{name!r} is a ring buffer of {made.max_entries} bytes, as its text says, and is in order: "
+                "buffer_size and max_delay are for perf buffers"
+            )
+        return RingBuffer(made.duplicate())
+    size = buffers.SIZE if size is None else size
+    buffers.check("perf", size)
+    return PerfBuffer(made.duplicate(), size, max_delay=max_delay)

@@ -15,15 +15,18 @@ class Statistics:
         tried == submitted + lost
         submitted == received
         received == delivered + undecodable + unread
+
+    What is None is not known: a program of the user's own counts nothing for us, and only a perf buffer
+    tells what it had no room for.
     """
 
-    rejected: int = 0
+    rejected: int | None = 0
     """Events that the filters left out, in the kernel; no others are counted below."""
-    tried: int = 0
+    tried: int | None = 0
     """Events that the program saw; each has a sequence number.  Counted in the kernel."""
-    submitted: int = 0
+    submitted: int | None = 0
     """Events put into the buffer.  Counted in the kernel."""
-    lost: int = 0
+    lost: int | None = 0
     """Events for which the buffer had no room.  Counted in the kernel."""
     misses: int | None = 0
     """Runs of the program that the kernel skipped, before it could count them; None where the
@@ -48,14 +51,18 @@ class Statistics:
     """How often the stream slept until the kernel woke it."""
 
     @property
-    def complete(self) -> bool:
-        """Whether every event that happened has been received: nothing lost, nothing skipped."""
-        return not self.lost and not self.misses
+    def complete(self) -> bool | None:
+        """Whether every event that happened has been received: nothing lost, nothing skipped; None if unknown."""
+        if self.lost or self.misses:
+            return False
+        return None if self.lost is None or self.misses is None else True
 
     def __str__(self) -> str:
-        line = (
-            f"{self.delivered} delivered; {self.tried} tried = {self.submitted} submitted + {self.lost} lost"
-        )
+        line = f"{self.delivered} delivered"
+        if self.tried is None:
+            line += f"; {self.received} received, {'unknown' if self.lost is None else self.lost} lost"
+        else:
+            line += f"; {self.tried} tried = {self.submitted} submitted + {self.lost} lost"
         for count, name in (
             (self.undecodable, "undecodable"),
             (self.unread, "unread"),

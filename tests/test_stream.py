@@ -19,7 +19,8 @@ from ebpfstream.errors import DecodeError, StreamBusyError, StreamClosedError
 from ebpfstream.events import U64, Event
 from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import Map
-from ebpfstream.loader import Counters
+from ebpfstream.kernel.buffers import Buffer
+from ebpfstream.readymade import Counters
 from ebpfstream.records import Records
 from ebpfstream.statistics import Statistics
 from ebpfstream.stream import EventStream
@@ -35,7 +36,9 @@ class Number(Event):
 class Hand:
     """Source and buffer in one; `log` is what the stream did with them."""
 
+    buffer: Buffer | None = None
     late = 0
+    lost = None
     size = 0
 
     def __init__(self) -> None:
@@ -84,6 +87,12 @@ class Hand:
     def detach(self) -> None:
         self._note("detach")
 
+    def stop(self) -> None:
+        self._note("stop")
+
+    def unplug(self) -> None:
+        self._note("unplug")
+
     def counters(self) -> Counters:
         self._note("counters")
         return Counters(tried=self.submitted, submitted=self.submitted)
@@ -108,12 +117,12 @@ def numbers(hand: Hand) -> EventStream[Number]:
     return EventStream(hand, Number, latency=0)
 
 
-async def test_closing_detaches_then_waits_then_drains_then_counts(hand: Hand) -> None:
+async def test_closing_stops_then_waits_then_drains_then_counts(hand: Hand) -> None:
     """A program that was running when it was detached submits while the stream waits for it."""
     hand.on["wait"] = lambda: hand.submit(2, 3)
     async with numbers(hand) as events:
         hand.submit(1)
-    assert hand.log == ["open", "detach", "wait", "finish", "drain", "drain", "drain", "counters", "close"]
+    assert hand.log == ["open", "stop", "wait", "finish", "drain", "drain", "drain", "counters", "close"]
     statistics = events.statistics()
     assert (statistics.tried, statistics.submitted, statistics.received, statistics.unread) == (3, 3, 3, 3)
 

@@ -43,6 +43,9 @@ _INSTALL: Final = (
 
 _OWN_HEADER: Final = re.compile(r'(?m)^[ \t]*#[ \t]*include[ \t]*"([^"]+)"')
 
+# include/uapi/linux/sched.h, include/uapi/linux/mount.h
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
+
 # SCM_MAX_FD in include/net/scm.h is 253.
 _DESCRIPTORS_PER_MESSAGE: Final = 250
 
@@ -94,17 +97,21 @@ def load(package: Path) -> ctypes.CDLL:
     finally:
         sys.dont_write_bytecode = write_bytecode
     # The binding lacks the types of those it does not call itself.
-    for function, result in (
-        ("bpf_num_tables", ctypes.c_size_t),
-        ("bpf_table_name", ctypes.c_char_p),
-        ("bpf_table_fd_id", ctypes.c_int),
-        ("bpf_table_key_size_id", ctypes.c_size_t),
-        ("bpf_table_leaf_size_id", ctypes.c_size_t),
-    ):
+    pointer, size, string = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+    types: dict[str, list[type]] = {  # the result's, then the arguments'
+        "bpf_num_tables": [size, pointer],
+        "bpf_table_name": [string, pointer, size],
+        "bpf_table_fd_id": [ctypes.c_int, pointer, size],
+        "bpf_table_key_size_id": [size, pointer, size],
+        "bpf_table_leaf_size_id": [size, pointer, size],
+        "bpf_table_key_desc_id": [string, pointer, size],
+        "bpf_table_leaf_desc_id": [string, pointer, size],
+        "bpf_perf_event_fields": [size, pointer, string],
+        "bpf_perf_event_field": [string, pointer, string, size],
+    }
+    for function, (result, *arguments) in types.items():
         getattr(library, function).restype = result
-        getattr(library, function).argtypes = (
-            [ctypes.c_void_p] if function == "bpf_num_tables" else [ctypes.c_void_p, ctypes.c_size_t]
-        )
+        getattr(library, function).argtypes = arguments
     return library
 
 
@@ -136,14 +143,27 @@ def _describe(library: ctypes.CDLL, module: int) -> dict[str, Any]:
                 "key_size": library.bpf_table_key_size_id(module, index),
                 "value_size": library.bpf_table_leaf_size_id(module, index),
                 "max_entries": library.bpf_table_max_entries_id(module, index),
+                "key": (library.bpf_table_key_desc_id(module, index) or b"").decode(),
+                "value": (library.bpf_table_leaf_desc_id(module, index) or b"").decode(),
+                "fields": _submitted_fields(library, module, library.bpf_table_name(module, index)),
             }
             for index in range(library.bpf_num_tables(module))
         ],
     }
 
 
+def _submitted_fields(library: ctypes.CDLL, module: int, output: bytes) -> list[str]:
+    """The names of the fields of the struct that the program submits to an output, as far as BCC tells."""
+    return [
+        library.bpf_perf_event_field(module, output, index).decode().partition("#")[0]
+        for index in range(library.bpf_perf_event_fields(module, output))
+    ]
+
+
 def _compile_with_headers(text: str, cflags: Sequence[str]) -> tuple[ctypes.CDLL, int]:
     library = load(find())
+    if "TRACEPOINT_PROBE" in text:
+        _describe_tracepoints()
     for tree in headers.trees(_all_text(text, cflags)):
         if tree is None:  # the kernel's own, which BCC finds by itself
             os.environ.pop("BCC_KERNEL_SOURCE", None)
@@ -156,6 +176,20 @@ def _compile_with_headers(text: str, cflags: Sequence[str]) -> tuple[ctypes.CDLL
         if module is not None:
             return library, module
     raise CompileError("BCC refused the program")
+
+
+def _describe_tracepoints() -> None:
+    """Put tracefs where BCC looks for it, for this process alone, if it is elsewhere or nowhere.
+
+    If that cannot be, BCC says what it misses.
+    """
+    if any(
+        Path(folder, "events").is_dir() for folder in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
+    ):
+        return
+    libc = ctypes.CDLL(None)
+    if libc.unshare(_CLONE_NEWNS) == 0 and libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0:
+        libc.mount(b"tracefs", b"/sys/kernel/tracing", b"tracefs", 0, None)
 
 
 def _all_text(text: str, cflags: Sequence[str]) -> str:

@@ -40,8 +40,15 @@ class Buffer(Protocol):
     def drain(self, limit: int) -> Records | None:
         """Take what is finished, oldest first, about `limit` bytes; None if nothing is."""
 
+    @property
+    def lost(self) -> int | None:
+        """Records for which there was no room, as far as the kernel has said so yet; None if it never does."""
+
+    def unplug(self) -> None:
+        """Let programs submit no more to it, where that can be."""
+
     def finish(self) -> None:
-        """Hold nothing back any more: no program runs that could still submit."""
+        """Hand out what is in it now, all of that and nothing that comes after."""
 
     def close(self) -> None:
         """Unmap and give up everything."""

@@ -10,21 +10,33 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import anyio
 
 from ebpfstream import errors
 from ebpfstream.errors import CompileError, EbpfStreamError
-from ebpfstream.kernel.bpf import Map, MapType
+from ebpfstream.kernel.bpf import Map, MapType, instructions_of
 
 # Appended, so that no module of site-packages can stand in for one of the standard library.
 _CHILD: Final = "import sys; sys.path.append(sys.argv[2]); from ebpfstream.kernel import bcc; bcc.main()"
 _PACKAGE_PARENT: Final = Path(__file__).parents[2]
 _ERRORS_SHOWN: Final = 3
+_CALL_POINTER: Final = 0x8D
 _FD_SPACE: Final = socket.CMSG_SPACE(4 * 253)  # SCM_MAX_FD, include/net/scm.h
+
+
+class Described(NamedTuple):
+    """What BCC says of a map: its key's and its value's type (`descriptions` reads them; None if there is none).
+
+    Of an output, the names of the fields of what the program submits to it.
+    """
+
+    key: Any
+    value: Any
+    fields: list[str]
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class Module:
     numbered: dict[int, Map]
     license: str
     kernel_version: int
+    described: dict[str, Described] = field(default_factory=dict)
 
 
 async def compile(text: str, cflags: Sequence[str] = ()) -> Module:  # noqa: A001
@@ -119,16 +132,24 @@ def _module(body: bytes, received: list[int], log: str, returncode: int) -> Modu
         raise kind(result["message"])
     maps: dict[str, Map] = {}
     numbered: dict[int, Map] = {}
+    described: dict[str, Described] = {}
     for table, fd in zip(result["maps"], received, strict=True):
+        name = table["name"]
         made = Map(fd, MapType(table["type"]), table["key_size"], table["value_size"], table["max_entries"])
-        maps[table["name"]] = numbered[table["fd"]] = made
+        maps[name] = numbered[table["fd"]] = made
+        described[name] = Described(_parsed(table["key"]), _parsed(table["value"]), table["fields"])
     return Module(
         {name: bytes.fromhex(code) for name, code in result["functions"].items()},
         maps,
         numbered,
         result["license"],
         result["kernel_version"],
+        described,
     )
+
+
+def _parsed(description: str) -> Any:
+    return json.loads(description) if description else None
 
 
 def _message(message: str, log: str) -> str:
@@ -145,3 +166,8 @@ def _message(message: str, log: str) -> str:
     if not shown:
         shown = ["  " + line for line in log.strip().splitlines()[-5:]]
     return message + ":\n" + "\n".join(shown) if shown else message
+
+
+def has_unwritten_calls(instructions: bytes) -> bool:
+    """Whether a map's method is called that BCC did not rewrite: such a call goes through a pointer."""
+    return any(opcode == _CALL_POINTER for _, opcode, *_ in instructions_of(instructions))

@@ -253,6 +253,12 @@ class PerfBuffer:
                 ring.retired = True
                 self._gathering.discard(ring)
 
+    def unplug(self) -> None:
+        """Let programs submit no more: they get ENOENT."""
+        for ring in self._rings:
+            if not ring.retired:
+                self._output.delete(struct.pack("<I", ring.cpu))
+
     def finish(self) -> None:
         """Hold nothing back any more: no program runs that could still submit."""
         self._holding_back = False

@@ -13,7 +13,7 @@ from typing import Final
 
 import anyio
 
-from ebpfstream.errors import ArgumentError
+from ebpfstream.errors import ArgumentError, CorruptBufferError
 from ebpfstream.kernel.bpf import Map, MapType
 from ebpfstream.kernel.ordering import barrier
 from ebpfstream.kernel.runs import equal_headers
@@ -45,6 +45,7 @@ class RingBuffer:
     """
 
     late = 0  # its records are in the order of their reservation
+    lost = None  # only a program knows that its reservation failed
 
     def __init__(self, ring: Map) -> None:
         self._map = ring
@@ -60,6 +61,7 @@ class RingBuffer:
         self._producer = memoryview(self._producer_pages)[:8].cast("Q")
         self._data = memoryview(self._producer_pages)[mmap.PAGESIZE :]
         self._headers = self._data.cast("I")
+        self._end: int | None = None
 
     @classmethod
     def create(cls, size: int) -> RingBuffer:
@@ -85,17 +87,21 @@ class RingBuffer:
 
     def pending(self) -> int:
         """Bytes in the buffer now, unfinished records included."""
-        return self._producer[0] - self._consumer[0]
+        end = self._producer[0] if self._end is None else self._end
+        return end - self._consumer[0]
 
     def drain(self, limit: int) -> Records | None:
         """Take what is finished, oldest first, up to the record that passes `limit` bytes.
 
-        None when the buffer is empty or its oldest record is unfinished.
+        None when the buffer is empty or its oldest record is unfinished.  Raises CorruptBufferError, and
+        takes nothing then.
         """
         consumer = self._consumer[0]
-        available = self._producer[0] - consumer
+        available = self.pending()
         if not available:
             return None
+        if not 0 < available <= self._size or (consumer | available) & 7:
+            raise _corrupt(f"its positions are {available} bytes apart, from {consumer} on")
         # Headers are looked at in place and the bytes copied afterwards: a copy of everything may
         # load a record's end before its header, and then take an unfinished record for a whole one.
         self._barrier()
@@ -103,6 +109,10 @@ class RingBuffer:
         end, runs, discarded = self._scan(start, start + min(available, limit))
         self._barrier()
         taken = end - start
+        # An unfinished record has its length already (__bpf_ringbuf_reserve()).
+        reach = taken or _stride(self._headers[start >> 2] & ~_FLAGS)
+        if reach > available:
+            raise _corrupt(f"a record goes {reach - available} bytes beyond what has been reserved")
         if not taken:
             return None
         records = Records(bytes(self._data[start:end]), HEADER_SIZE, runs, discarded)
@@ -125,17 +135,21 @@ class RingBuffer:
                 if header & _BUSY:
                     break
                 discarded += 1
-                position += HEADER_SIZE + (header - _DISCARD) + 7 & ~7
+                position += _stride(header - _DISCARD)
                 continue
-            stride = HEADER_SIZE + header + 7 & ~7
+            stride = HEADER_SIZE + header + 7 & ~7  # as _stride() has it
             # Streams of one type mostly have one length.
             count = equal_headers(headers, position >> 2, stride >> 2, end >> 2)
             runs.append((position - start, stride, header, count))
             position += count * stride
         return position, runs, discarded
 
+    def unplug(self) -> None:
+        """Cannot be: programs go on submitting until it is full."""
+
     def finish(self) -> None:
-        """Nothing is held back."""
+        """Hand out what is in it now, and nothing that comes after."""
+        self._end = self._producer[0]
 
     def close(self) -> None:
         """Unmap and give up the map.  Closing again does nothing."""
@@ -144,3 +158,14 @@ class RingBuffer:
         self._consumer_page.close()
         self._producer_pages.close()
         self._map.close()
+
+
+def _stride(length: int) -> int:
+    """Bytes from one record to the next."""
+    return HEADER_SIZE + length + 7 & ~7
+
+
+def _corrupt(what: str) -> CorruptBufferError:
+    return CorruptBufferError(
+        f"the ring buffer's memory is damaged: {what}. Close this stream, and open another one"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,15 @@ def held(kind: str, pid: int | str = "self") -> set[int]:
 def existing(kind: str, ids: set[int]) -> set[int]:
     """Those that the kernel still has."""
     return {number for number in ids if _exists(kind, number)}
+
+
+def left(kind: str, ids: set[int]) -> set[int]:
+    """Those that the kernel still has after a while: it frees them after a grace period."""
+    for _ in range(100):
+        if not existing(kind, ids):
+            return set()
+        time.sleep(0.05)
+    return existing(kind, ids)
 
 
 def _exists(kind: str, number: int) -> bool:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ebpfstream import EventStream
 from ebpfstream.kernel.buffers import Kind
 from ebpfstream.kernel.links import RawTracepoint
-from ebpfstream.loader import ReadyMade
+from ebpfstream.readymade import ReadyMade
 from tests.kernel import flood
 from tests.kernel.flood import FloodEvent
 
@@ -56,8 +56,11 @@ async def measure(kind: Kind, form: str, seconds: float) -> tuple[float, float]:
                     else:
                         batch.to_json_lines()
             elapsed, after = time.perf_counter() - start, events.statistics()
-    lost = (after.lost - before.lost) / max(after.tried - before.tried, 1)
-    return (after.delivered - before.delivered) / elapsed, lost
+    assert after.lost is not None
+    assert before.lost is not None
+    lost = after.lost - before.lost
+    part_lost = lost / max(after.received - before.received + lost, 1)
+    return (after.delivered - before.delivered) / elapsed, part_lost
 
 
 def main() -> None:

@@ -84,27 +84,21 @@ static __always_inline u32 number_of(struct pid *pid)
 /* What is told of the process whether or not its exec succeeded; false when a filter leaves it out. */
 static __always_inline bool describe(struct exec_event *event, struct counters *counters, struct task_struct *task)
 {
-	struct task_struct *leader = 0, *parent = 0;
-	u32 pid = bpf_get_current_pid_tgid() >> 32, ppid = 0;
-	u64 ids = bpf_get_current_uid_gid();
-	read_kernel(leader, task->group_leader);
-	read_kernel(parent, leader->real_parent);
-	read_kernel(parent, parent->group_leader);
-	read_kernel(ppid, parent->tgid);
-	if (!passes(pid, ppid, ids, leader, parent)) {
+	struct who who = who_runs(task);
+	if (!passes(&who)) {
 		counters->rejected++;
 		return false;
 	}
 	stamp(event, counters);
-	event->pid = pid;
-	event->ppid = ppid;
-	event->uid = ids;
-	event->gid = ids >> 32;
+	event->pid = who.pid;
+	event->ppid = who.ppid;
+	event->uid = who.uid_gid;
+	event->gid = who.uid_gid >> 32;
 	event->cgroup_id = bpf_get_current_cgroup_id();
 	bpf_get_current_comm(&event->comm, sizeof(event->comm));
-	read_kernel(event->parent_comm, parent->comm);
-	read_kernel(event->start_monotonic, leader->start_time);
-	struct own_pid own = own_pid(leader);
+	read_kernel(event->parent_comm, who.parent->comm);
+	read_kernel(event->start_monotonic, who.leader->start_time);
+	struct own_pid own = own_pid(who.leader);
 	event->pid_namespace = own.namespace;
 	event->namespace_pid = own.number;
 	struct signal_struct *signal = 0;
@@ -193,21 +187,11 @@ int exec_succeeded(struct bpf_raw_tracepoint_args *ctx)
 
 #ifdef FAILED
 
+#include "registers.h"
+
 #define ARG_CHUNK 4096
 #define ARG_CHUNKS 1024
 #define AT_FDCWD -100
-
-#if defined(__x86_64__)
-#define ARGUMENT_0(regs) (regs)->di
-#define ARGUMENT_1(regs) (regs)->si
-#define ARGUMENT_2(regs) (regs)->dx
-#elif defined(__aarch64__)
-#define ARGUMENT_0(regs) (regs)->orig_x0 /* regs[0] holds the result by now */
-#define ARGUMENT_1(regs) (regs)->regs[1]
-#define ARGUMENT_2(regs) (regs)->regs[2]
-#else
-#error "failed execs are not read on this architecture yet"
-#endif
 
 /* events/syscalls/sys_exit_execve/format */
 struct exit_record {

@@ -27,6 +27,25 @@ static __always_inline struct own_pid own_pid(struct task_struct *leader)
 	return own;
 }
 
+/* The process that is running, in numbers of the initial namespaces. */
+struct who {
+	u32 pid, ppid;
+	u64 uid_gid; /* the user in the lower half */
+	struct task_struct *leader, *parent;
+};
+
+static __always_inline struct who who_runs(struct task_struct *task)
+{
+	struct who who = {};
+	who.pid = bpf_get_current_pid_tgid() >> 32;
+	who.uid_gid = bpf_get_current_uid_gid();
+	read_kernel(who.leader, task->group_leader);
+	read_kernel(who.parent, who.leader->real_parent);
+	read_kernel(who.parent, who.parent->group_leader);
+	read_kernel(who.ppid, who.parent->tgid);
+	return who;
+}
+
 /* Written by user space in one piece; an event must meet all that `criteria` names.  As in filters.py. */
 struct filters {
 	u32 criteria;
@@ -50,21 +69,20 @@ static __always_inline bool same_process(struct own_pid one, struct own_pid othe
 	return one.namespace == other.namespace && one.number == other.number;
 }
 
-static __always_inline bool passes(u32 pid, u32 ppid, u64 uid_gid, struct task_struct *leader,
-				   struct task_struct *parent)
+static __always_inline bool passes(struct who *who)
 {
 	u32 key = 0;
 	struct filters *filters = bpf_map_lookup_elem(MAP(FILTERS), &key);
 	if (!filters || !filters->criteria)
 		return true;
 	u32 criteria = filters->criteria;
-	if (criteria & FILTER_PID && pid != filters->pid)
+	if (criteria & FILTER_PID && who->pid != filters->pid)
 		return false;
-	if (criteria & FILTER_PPID && ppid != filters->ppid)
+	if (criteria & FILTER_PPID && who->ppid != filters->ppid)
 		return false;
-	if (criteria & FILTER_UID && (u32)uid_gid != filters->uid)
+	if (criteria & FILTER_UID && (u32)who->uid_gid != filters->uid)
 		return false;
-	if (criteria & FILTER_GID && uid_gid >> 32 != filters->gid)
+	if (criteria & FILTER_GID && who->uid_gid >> 32 != filters->gid)
 		return false;
 	if (criteria & FILTER_CGROUP &&
 	    bpf_get_current_ancestor_cgroup_id(filters->cgroup_level) != filters->cgroup_id)
@@ -76,7 +94,8 @@ static __always_inline bool passes(u32 pid, u32 ppid, u64 uid_gid, struct task_s
 			return false;
 	}
 	if (criteria & FILTER_SELF &&
-	    (same_process(own_pid(leader), filters->self) || same_process(own_pid(parent), filters->self)))
+	    (same_process(own_pid(who->leader), filters->self) ||
+	     same_process(own_pid(who->parent), filters->self)))
 		return false;
 	return true;
 }

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         CompileError as CompileError,
     )
     from ebpfstream.errors import (
+        CorruptBufferError as CorruptBufferError,
+    )
+    from ebpfstream.errors import (
         DecodeError as DecodeError,
     )
     from ebpfstream.errors import (
@@ -32,6 +35,15 @@ if TYPE_CHECKING:
     )
     from ebpfstream.errors import (
         LoadError as LoadError,
+    )
+    from ebpfstream.errors import (
+        MapError as MapError,
+    )
+    from ebpfstream.errors import (
+        MapIndexError as MapIndexError,
+    )
+    from ebpfstream.errors import (
+        NotOpenError as NotOpenError,
     )
     from ebpfstream.errors import (
         PrivilegeError as PrivilegeError,
@@ -76,6 +88,9 @@ if TYPE_CHECKING:
         U64 as U64,
     )
     from ebpfstream.events import (
+        Array as Array,
+    )
+    from ebpfstream.events import (
         Char as Char,
     )
     from ebpfstream.events import (
@@ -89,15 +104,36 @@ if TYPE_CHECKING:
     )
     from ebpfstream.filters import Filters as Filters
     from ebpfstream.forwarding import forward as forward
+    from ebpfstream.kernel.mapvalues import (
+        PerCpu as PerCpu,
+    )
+    from ebpfstream.kernel.mapvalues import (
+        Snapshot as Snapshot,
+    )
+    from ebpfstream.kernel.tracepipe import TraceLine as TraceLine
+    from ebpfstream.loader import BPF as BPF
+    from ebpfstream.lost import Lost as Lost
     from ebpfstream.sink import Sink as Sink
     from ebpfstream.sinks.stdout import StdoutSink as StdoutSink
     from ebpfstream.statistics import Statistics as Statistics
     from ebpfstream.stream import EventStream as EventStream
+    from ebpfstream.tracers.count_execve import (
+        ExecCounts as ExecCounts,
+    )
+    from ebpfstream.tracers.count_execve import (
+        count_execve as count_execve,
+    )
     from ebpfstream.tracers.execve import (
         ExecEvent as ExecEvent,
     )
     from ebpfstream.tracers.execve import (
         trace_execve as trace_execve,
+    )
+    from ebpfstream.tracers.syscalls import (
+        SyscallEvent as SyscallEvent,
+    )
+    from ebpfstream.tracers.syscalls import (
+        trace_syscalls as trace_syscalls,
     )
 
 __version__ = "0.1.0"
@@ -109,10 +145,14 @@ _HOMES = {
         "AttachError",
         "BccNotFoundError",
         "CompileError",
+        "CorruptBufferError",
         "DecodeError",
         "EbpfStreamError",
         "EventTypeError",
         "LoadError",
+        "MapError",
+        "MapIndexError",
+        "NotOpenError",
         "PrivilegeError",
         "SinkClosedError",
         "SinkError",
@@ -120,14 +160,34 @@ _HOMES = {
         "StreamClosedError",
         "UnsupportedError",
     ),
-    "events": ("Char", "Comm", "Event", "Flag", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"),
+    "events": (
+        "Array",
+        "Char",
+        "Comm",
+        "Event",
+        "Flag",
+        "I8",
+        "I16",
+        "I32",
+        "I64",
+        "U8",
+        "U16",
+        "U32",
+        "U64",
+    ),
     "filters": ("Filters",),
     "forwarding": ("forward",),
+    "kernel.mapvalues": ("PerCpu", "Snapshot"),
+    "kernel.tracepipe": ("TraceLine",),
+    "loader": ("BPF",),
+    "lost": ("Lost",),
     "sink": ("Sink",),
     "sinks.stdout": ("StdoutSink",),
     "statistics": ("Statistics",),
     "stream": ("EventStream",),
+    "tracers.count_execve": ("ExecCounts", "count_execve"),
     "tracers.execve": ("ExecEvent", "trace_execve"),
+    "tracers.syscalls": ("SyscallEvent", "trace_syscalls"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -24,15 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up.  A module imports from lines above its own; within a line only the modules of
 # one package that is listed in PACKAGES import one another.
 LAYERS = (
-    ("errors", "records", "text", "statistics"),
-    ("events",),
+    ("errors", "lost", "records", "text", "statistics"),
+    ("events", "turns"),
+    ("c_types", "unpacking"),
+    ("descriptions",),
     ("codec",),
     ("columns",),
     ("batch",),
     ("kernel",),
-    ("containers", "filters"),
-    ("loader",),
+    ("containers", "filters", "syscall_names"),
+    ("readymade",),
     ("stream",),
+    ("outputs", "programs", "hooks", "snapshots"),
+    ("loader",),
     ("tracers", "sink", "table"),
     ("sinks",),
     ("forwarding",),
@@ -51,6 +55,7 @@ IMPORTERS: dict[str, set[str]] = {
     "click": {"cli"},
     "numpy": {"batch", "columns"},
     "orjson": {"codec"},
+    "system_calls": {"syscall_names"},
 }
 LOADED_BY_PATH = {"spec_from_file_location": {"kernel.bcc"}}
 
@@ -169,7 +174,7 @@ def _modules_after(imports: str, *flags: str) -> set[str]:
 def test_importing_ebpfstream_imports_no_library() -> None:
     modules = _modules_after("ebpfstream")
     assert "ebpfstream" in modules
-    assert not modules & {"anyio", "asyncio", "orjson", "click", "numpy"}
+    assert not modules & {"anyio", "asyncio", "orjson", "click", "numpy", "system_calls"}
     assert not {module for module in modules if module.startswith("ebpfstream.")}
 
 
@@ -208,7 +213,9 @@ def _undocumented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]
     for child in node.body:
         if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        if child.name.startswith("_"):
+        if child.name.startswith("_") or any(
+            isinstance(decorator, ast.Name) and decorator.id == "overload" for decorator in child.decorator_list
+        ):
             continue
         if not ast.get_docstring(child):
             yield prefix + child.name

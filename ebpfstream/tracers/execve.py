@@ -13,7 +13,7 @@ from ebpfstream.events import I32, U8, U32, U64, Char, Comm, Computed, Event, Fl
 from ebpfstream.filters import Filters
 from ebpfstream.kernel.buffers import SIZE, Kind
 from ebpfstream.kernel.links import Hook, RawTracepoint, Tracepoint
-from ebpfstream.loader import BPF_FOLDER, ReadyMade
+from ebpfstream.readymade import BPF_FOLDER, ReadyMade
 from ebpfstream.stream import LATENCY, EventStream
 from ebpfstream.text import command_line
 

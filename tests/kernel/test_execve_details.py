@@ -285,7 +285,7 @@ async def filtered(act: Callable[[], None], **filters: Any) -> list[str]:
         seen = [event.args[1] async for event in events if event.args[0] == TRUE]
     statistics = events.statistics()
     assert statistics.tried == statistics.submitted == statistics.delivered
-    assert statistics.rejected > 0
+    assert statistics.rejected
     return seen
 
 
@@ -341,6 +341,7 @@ async def test_filters_change_while_it_runs() -> None:
         events.detach()
         assert [event async for event in events] == []
     statistics = events.statistics()
+    assert statistics.rejected is not None
     assert statistics.rejected >= 2
     assert (statistics.tried, statistics.delivered) == (1, 1)
 

@@ -348,16 +348,63 @@ int hello(void *ctx) {
 }
 """
 
+# What kernel headers call otherwise, or compute.
+MACROS = """
+enum { LENGTH = DNAME_INLINE_LEN };
+#undef DNAME_INLINE_LEN
+#define DNAME_INLINE_LEN LENGTH
+struct event_t { char name[DNAME_INLINE_LEN]; char interface[IFNAMSIZ]; u32 strlen; };
+BPF_HASH(births, struct dentry *, struct event_t);
+int hello(struct pt_regs *ctx, struct sock *sk, struct file *file, struct request_sock *request) {
+    struct event_t event = {};
+    u64 slot = div_u64(bpf_ktime_get_ns(), 100 * NSEC_PER_MSEC);
+    struct inet_sock *inet = inet_sk(sk);
+    _Static_assert(sizeof(((struct dentry *)0)->d_iname) == DNAME_INLINE_LEN, "the kernel's");
+    _Static_assert(ENOMEM == 12 && ETIMEDOUT == 110 && SIGKILL == 9 && REQ_OP_MASK == 255, "numbers");
+    if (sk->sk_family == AF_INET6)
+        event.strlen = sk->sk_v6_daddr.s6_addr32[0] + sk -> sk_prot -> memory_pressure[0];
+    event.strlen += sk->sk_state + inet->inet_dport + inet->inet_daddr + inet_rsk(request)->ir_num;
+    memcpy(event.interface, "lo", strlen("lo") + 1);
+    if (file->f_mode & FMODE_CREATED && PT_REGS_IP(ctx) > PAGE_OFFSET)
+        births.update(&file->f_path.dentry, &event);
+    return slot;
+}
+""".replace("inet_rsk(request)", "((struct inet_request_sock *)request)")
+
+# Members of its own that have such names; and what else it calls so.
+OWN_MEMBERS = """
+struct event_t { u16 sk_family, sk_num; u32 *inet_daddr; u8 s6_addr[16]; };
+static int strlen(const char *text) { return text[0]; }
+int hello(struct event_t *event) {
+    u16 sk_num = event->sk_num + event->sk_family;
+    int ENOMEM_ = -ENOMEM;
+    return sk_num + event->s6_addr[0] + *event->inet_daddr + strlen("") + ENOMEM_;
+}
+"""
+
 
 @needs_kernel
 @pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("which", ["reduced", "whole"])
 @pytest.mark.parametrize(
-    "text", [HELLO, PARENT, INCLUDES, OWN_NAMES], ids=["hello", "parent", "includes", "own"]
+    "text",
+    [HELLO, PARENT, INCLUDES, OWN_NAMES, MACROS, OWN_MEMBERS],
+    ids=["hello", "parent", "includes", "own names", "macros", "own members"],
 )
 def test_programs_compile(which: str, text: str) -> None:
     tree = next(path for path in headers.trees(text) if path and path.name.startswith(which))
     assert build(tree, text, "hello")["hello"]
+
+
+@needs_kernel
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("which", ["reduced", "whole"])
+def test_a_function_that_only_headers_define_is_refused(which: str) -> None:
+    """Compiled, it would be a call to nowhere that the verifier does not know what to make of."""
+    text = "int hello(void *ctx) { return sg_is_last(ctx); }\n"
+    tree = next(path for path in headers.trees(text) if path and path.name.startswith(which))
+    with pytest.raises(AssertionError, match="implicit declaration of function 'sg_is_last'"):
+        build(tree, text, "hello")
 
 
 @needs_kernel
@@ -471,6 +518,27 @@ def test_what_a_program_says_of_itself() -> None:
     assert program.macros == {"PATH_MAX"}
     assert program.tags == {"a", "b"}
     assert program.ordinary == {"name"}
+    assert shim.read_program(OWN_MEMBERS).members == frozenset()
+    assert shim.read_program(MACROS).members == {
+        "d_iname", "inet_daddr", "inet_dport", "ir_num", "s6_addr32",
+        "sk_family", "sk_prot", "sk_state", "sk_v6_daddr",
+    }  # fmt: skip
+
+
+def test_a_member_that_the_kernel_has_under_that_name_is_no_macro() -> None:
+    def macros(vmlinux: str) -> str:
+        program = shim.read_program("int f(struct dentry *d) { return d->d_iname[DNAME_INLINE_LEN - 1]; }")
+        return shim.files(vmlinux, program, release="6.1.0", page_size=4096)["linux/macros.h"]
+
+    before = macros("struct dentry {\n\tunsigned char d_iname[32];\n};\n")
+    assert "#define DNAME_INLINE_LEN 32\n" in before
+    assert "#define d_iname" not in before
+    since = macros(
+        "union shortname_store {\n\tunsigned char string[40];\n\tlong unsigned int words[5];\n};\n"
+        "struct dentry {\n\tunion shortname_store d_shortname;\n};\n"
+    )
+    assert "#define DNAME_INLINE_LEN 40\n" in since
+    assert "#define d_iname d_shortname.string\n" in since
 
 
 @pytest.mark.usefixtures("cache_root")

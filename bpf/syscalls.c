@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * System calls whose numbers have a program in CALLS, each when it is entered or when it has returned.
+ *
+ * OVERHEAD: every system call of every process takes the kernel's slow way in and out, and runs a program
+ * that ends at once unless the call is a chosen one: some 70 ns (getppid: 170 without), or 160 ns where
+ * results are asked for, which runs another one at every exit.  A chosen call costs about 1 µs.
+ *
+ * struct syscall_event is generated from the Python class SyscallEvent and stands before this text.
+ */
+#include "process.h"
+#include "registers.h"
+
+#define ENTERED 0
+#define REMEMBERED 1
+#define RETURNED 2
+#define ENDED 3
+
+/* What is known at the entry, all but when; false when the call is left out. */
+static __always_inline bool describe(struct syscall_event *event, struct counters *counters,
+				     struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct pt_regs *regs = (struct pt_regs *)ctx->args[0];
+	struct who who = who_runs(task);
+	if (is_32_bit_call(task) || !passes(&who)) {
+		counters->rejected++;
+		return false;
+	}
+	__builtin_memset(event, 0, sizeof(*event));
+	event->pid = who.pid;
+	event->ppid = who.ppid;
+	event->tid = bpf_get_current_pid_tgid();
+	event->uid = who.uid_gid;
+	event->gid = who.uid_gid >> 32;
+	bpf_get_current_comm(&event->comm, sizeof(event->comm));
+	event->number = ctx->args[1];
+	read_kernel(event->arguments[0], ARGUMENT_0(regs));
+	read_kernel(event->arguments[1], ARGUMENT_1(regs));
+	read_kernel(event->arguments[2], ARGUMENT_2(regs));
+	read_kernel(event->arguments[3], ARGUMENT_3(regs));
+	read_kernel(event->arguments[4], ARGUMENT_4(regs));
+	read_kernel(event->arguments[5], ARGUMENT_5(regs));
+	return true;
+}
+
+/* TP_PROTO(struct pt_regs *regs, long id), include/trace/events/syscalls.h */
+int dispatched(struct bpf_raw_tracepoint_args *ctx)
+{
+	/* Numbers that are not in the table, x32's and -1 among them, call nothing. */
+	bpf_tail_call_((u64)MAP(CALLS), ctx, ctx->args[1]);
+	return 0;
+}
+
+/* Called for calls of which the entry is all that is wanted, or all that there is. */
+int entered(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct counters *counters = counters_of(ENTERED);
+	struct syscall_event event;
+	if (!counters || !describe(&event, counters, ctx))
+		return 0;
+	event.program = ENTERED;
+	stamp(&event, counters);
+	submit(ctx, counters, &event, sizeof(event));
+	return 0;
+}
+
+/*
+ * Called for the others.  They are known by their task, not by its number, which becomes another one
+ * when a thread that is not the leader executes a program (de_thread(), fs/exec.c).
+ */
+int remembered(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct counters *counters = counters_of(REMEMBERED);
+	struct syscall_event event;
+	if (!counters || !describe(&event, counters, ctx))
+		return 0;
+	event.monotonic = bpf_ktime_get_ns();
+	u64 task = bpf_get_current_task();
+	if (bpf_map_update_elem(MAP(PENDING), &task, &event, BPF_ANY)) {
+		counters->tried++;
+		counters->lost++;
+	}
+	return 0;
+}
+
+/* Submit the call that this task is remembered to be in, if it is. */
+static __always_inline void finish(struct bpf_raw_tracepoint_args *ctx, u32 program, bool returned)
+{
+	u64 task = bpf_get_current_task();
+	struct syscall_event *event = bpf_map_lookup_elem(MAP(PENDING), &task);
+	if (!event)
+		return;
+	struct counters *counters = counters_of(program);
+	if (!counters)
+		return;
+	u64 began = event->monotonic;
+	stamp(event, counters);
+	u64 duration = event->monotonic - began;
+	event->monotonic = began;
+	event->program = program;
+	if (returned) {
+		/* TP_PROTO(struct pt_regs *regs, long ret), include/trace/events/syscalls.h */
+		u64 result = ctx->args[1];
+		__builtin_memcpy(event->result, &result, sizeof(result));
+		__builtin_memcpy(event->duration, &duration, sizeof(duration));
+		event->result[8] = event->duration[8] = 1;
+	}
+	submit(ctx, counters, event, sizeof(*event));
+	bpf_map_delete_elem(MAP(PENDING), &task);
+}
+
+/* No other exit can come between an entry and its own: a new task's first exit has a task of its own. */
+int returned(struct bpf_raw_tracepoint_args *ctx)
+{
+	finish(ctx, RETURNED, true);
+	return 0;
+}
+
+/* A thread that ends within a call: reboot(2) in a container does that (reboot_pid_ns()). */
+int ended(struct bpf_raw_tracepoint_args *ctx)
+{
+	finish(ctx, ENDED, false);
+	return 0;
+}

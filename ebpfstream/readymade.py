@@ -1,0 +1,231 @@
+"""The programs that come with the library: compiled, their maps made, attached, counted."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from anyio.to_thread import run_sync
+
+from ebpfstream.errors import ArgumentError
+from ebpfstream.events import Event, c_struct
+from ebpfstream.filters import SIZE as FILTERS_SIZE
+from ebpfstream.filters import Filters
+from ebpfstream.kernel import buffers, compiler
+from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, map_numbers
+from ebpfstream.kernel.buffers import Buffer, Kind
+from ebpfstream.kernel.compiler import Module
+from ebpfstream.kernel.links import Hook, Link, program_type
+
+BPF_FOLDER: Final = Path(__file__).parent / "bpf"
+CALLS: Final = 1024
+"""How many slots the program array has through which programs call others."""
+
+# The first of the numbers by which the texts know their maps; far from those that BCC gives to its own.
+_FIRST_NUMBER: Final = 0x5EB0000
+_USUAL_MAPS: Final = ("OUTPUT", "COUNTERS", "SCRATCH", "FILTERS", "CALLS")  # in bpf/*.h
+_SCRATCH_SIZE: Final = 32768  # SCRATCH_SIZE in ebpfstream.h
+_COUNTERS_LAYOUT: Final = struct.Struct("<QQQQ")  # struct counters in ebpfstream.h
+
+
+class Counters(NamedTuple):
+    """What the programs themselves counted, over all CPUs; None where nobody counts."""
+
+    rejected: int | None = 0
+    tried: int | None = 0
+    submitted: int | None = 0
+    lost: int | None = 0
+    misses: int | None = 0
+
+
+class MapSpec(NamedTuple):
+    """A map that a text has beside the usual ones."""
+
+    type: MapType
+    key_size: int
+    value_size: int
+    max_entries: int
+
+
+class Programs:
+    """The programs of one text that keeps to `bpf/ebpfstream.h`.
+
+    `path` is the text; `hooks` say which of its functions is attached where, in the order of the
+    programs' numbers, and None of one that programs at raw tracepoints call: `calls` says by which slots
+    of CALLS.  They are attached in that order.  `maps` are maps of the text's own by the names it has for them;
+    those that the programs use are made.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        hooks: Mapping[str, Hook | None],
+        *,
+        cflags: Sequence[str] = (),
+        filters: Filters | None = None,
+        maps: Mapping[str, MapSpec] | None = None,
+        calls: Mapping[int, str] | None = None,
+    ) -> None:
+        self._path = path
+        self._hooks = hooks
+        self._cflags = cflags
+        self._filters = filters or Filters()
+        self._specs = maps or {}
+        self._calls = calls or {}
+        self._owned = ExitStack()
+        self._maps: dict[str, Map] = {}
+        self._counters: Map | None = None
+        self._programs: list[Program] = []
+        self._links: list[Link] = []
+
+    async def attach(self) -> None:
+        """Compile, load and attach; from its return on, nothing is missed."""
+        try:
+            await self._attach("", {}, [])
+        except BaseException:
+            self.close()
+            raise
+
+    async def _attach(self, declarations: str, maps: Mapping[str, Map], cflags: Sequence[str]) -> None:
+        self._maps.update(maps)
+        self._counters = self._make(
+            "COUNTERS", MapSpec(MapType.PERCPU_ARRAY, 4, _COUNTERS_LAYOUT.size, len(self._hooks))
+        )
+        self._make("FILTERS", MapSpec(MapType.HASH, 4, FILTERS_SIZE, 1))
+        self.set_filters(self._filters)
+        numbers = {name: _FIRST_NUMBER + index for index, name in enumerate([*_USUAL_MAPS, *self._specs])}
+        flags = [
+            f"-I{BPF_FOLDER}",
+            *(f"-D{name}={number}" for name, number in numbers.items()),
+            *cflags,
+            *self._cflags,
+        ]
+        module = await compiler.compile(declarations + self._path.read_text(), flags)
+        # Verifying takes the kernel some 100 ms, in which other tasks want to run.
+        await run_sync(self._load, module, numbers)
+
+    def _make(self, name: str, spec: MapSpec) -> Map:
+        kind, key_size, value_size, max_entries = spec
+        made = Map.create(
+            name.lower(), kind, key_size=key_size, value_size=value_size, max_entries=max_entries
+        )
+        self._owned.callback(made.close)
+        self._maps[name] = made
+        return made
+
+    def _load(self, module: Module, numbers: Mapping[str, int]) -> None:
+        used = set().union(*(map_numbers(module.functions[function]) for function in self._hooks))
+        specs = {
+            "SCRATCH": MapSpec(MapType.PERCPU_ARRAY, 4, _SCRATCH_SIZE, len(self._hooks)),
+            "CALLS": MapSpec(MapType.PROG_ARRAY, 4, 4, CALLS),
+            **self._specs,
+        }
+        for name, spec in specs.items():
+            if numbers[name] in used:
+                self._make(name, spec)
+        maps = {number: self._maps[name] for name, number in numbers.items() if name in self._maps}
+        for function, hook in self._hooks.items():
+            program = Program.load(
+                function,
+                program_type(hook) if hook is not None else ProgramType.RAW_TRACEPOINT,
+                module.functions[function],
+                maps,
+                license=module.license,
+                kernel_version=module.kernel_version,
+            )
+            self._owned.callback(program.close)
+            self._programs.append(program)
+        called = {program.name: struct.pack("<I", program.fd) for program in self._programs}
+        for slot, function in self._calls.items():
+            self._maps["CALLS"].update(struct.pack("<I", slot), called[function])
+        for program in self._programs:
+            hook = self._hooks[program.name]
+            if hook is not None:
+                link = Link.attach(program, hook)
+                self._owned.callback(link.close)
+                self._links.append(link)
+
+    def map(self, name: str) -> Map | None:
+        """The map that the text has by this name; None before `attach` and after `close`."""
+        return self._maps.get(name)
+
+    def set_filters(self, filters: Filters) -> None:
+        """Let the programs leave out what does not meet these, from now on.  Raises ArgumentError."""
+        packed = filters.pack()
+        if "FILTERS" in self._maps:
+            self._maps["FILTERS"].update(bytes(4), packed)
+        self._filters = filters
+
+    def detach(self) -> None:
+        """Let no further run of the programs begin; those that are running may still submit."""
+        for link in self._links:
+            link.close()
+
+    def counters(self) -> Counters:
+        """What the programs counted so far; exact once none of them runs any more."""
+        if self._counters is None:
+            return Counters()
+        totals = [0] * 4
+        for index in range(self._counters.max_entries):
+            values = self._counters.lookup(struct.pack("<I", index)) or b""
+            for on_cpu in _COUNTERS_LAYOUT.iter_unpack(values):
+                totals = [total + count for total, count in zip(totals, on_cpu, strict=True)]
+        misses = [program.recursion_misses() for program in self._programs]
+        known = [count for count in misses if count is not None]
+        rejected, tried, submitted, lost = totals
+        return Counters(rejected, tried, submitted, lost, sum(known) if len(known) == len(misses) else None)
+
+    def close(self) -> None:
+        """Give everything back to the kernel, attached or not."""
+        self._counters = None
+        self._maps.clear()
+        self._programs.clear()
+        self._links.clear()
+        self._owned.close()
+
+
+class ReadyMade(Programs):
+    """Programs that submit events of one type, as the source of a stream."""
+
+    buffer: Buffer | None = None  # until it is opened
+
+    def __init__(
+        self,
+        path: Path,
+        event_type: type[Event],
+        hooks: Mapping[str, Hook | None],
+        *,
+        cflags: Sequence[str] = (),
+        filters: Filters | None = None,
+        maps: Mapping[str, MapSpec] | None = None,
+        calls: Mapping[int, str] | None = None,
+        buffer: Kind = "auto",
+        buffer_size: int = buffers.SIZE,
+        max_delay: float = 0,
+    ) -> None:
+        super().__init__(path, hooks, cflags=cflags, filters=filters, maps=maps, calls=calls)
+        buffers.check(buffer, buffer_size)
+        if not max_delay >= 0:
+            raise ArgumentError(f"max_delay={max_delay!r} is impossible: give seconds, 0 or more")
+        self._event_type = event_type
+        self._wanted = (buffer, buffer_size, max_delay)
+
+    async def open(self) -> Buffer:
+        """Compile, load and attach; from its return on, every event is in the buffer or counted."""
+        try:
+            # The maps first: they tell at once whether this process may do any of it.
+            buffer = buffers.create(*self._wanted)
+            self._owned.callback(buffer.close)
+            flags = ["-DPERF_BUFFER"] if buffer.map.type is MapType.PERF_EVENT_ARRAY else []
+            await self._attach(c_struct(self._event_type), {"OUTPUT": buffer.map}, flags)
+        except BaseException:
+            self.close()
+            raise
+        return buffer
+
+    def stop(self) -> None:
+        """The same as `detach`: what the programs submit is for this stream alone."""
+        self.detach()

@@ -1,0 +1,183 @@
+"""Program executions counted by user, from `bpf/count_execve.c`."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Final, Self
+
+from anyio import CancelScope
+from anyio.to_thread import run_sync
+
+from ebpfstream.c_types import Number
+from ebpfstream.filters import Filters
+from ebpfstream.kernel import maps
+from ebpfstream.kernel.bpf import MapType, wait_for_running_programs
+from ebpfstream.kernel.links import RawTracepoint
+from ebpfstream.kernel.typedmap import TypedMap
+from ebpfstream.readymade import BPF_FOLDER, Counters, MapSpec, Programs
+from ebpfstream.snapshots import Snapshot, Ticks
+from ebpfstream.turns import Turn
+
+_USERS: Final = 4096
+_COUNTS: Final = "COUNTS"
+
+
+class ExecCounts:
+    """How many execs have succeeded by user, again and again, as an asynchronous iterator.
+
+        async for counts in count_execve(every=2.0):
+            print(counts)  # {0: 3, 1000: 17}
+
+    Each is a dict of all that have been since the block was entered (or the iteration begun without
+    one); `counts.since(earlier)` is what came between two.  The first comes `every` seconds after that.
+    They keep their time: one that was asked for late does not move the next; those that were missed are
+    left out.
+
+    Nothing is ever taken out of the table in the kernel, and each CPU counts for itself, so no exec is
+    missed or counted twice.  4,096 users have room in it; execs of others are `counters().lost`.
+
+    Leaving the block, or dropping the last reference without one, detaches; `read()` then has the final
+    counts.  One task at a time may iterate.  Works on asyncio (uvloop too) and trio.
+    """
+
+    def __init__(self, programs: Programs, every: float) -> None:
+        self._ticks = Ticks(every)
+        self._programs = programs
+        self._turn = Turn("count")
+        self._table: TypedMap | None = None
+        self._detached = False
+        self._ended = False
+        self._final: tuple[Snapshot, Counters] | None = None
+
+    async def __aenter__(self) -> Self:
+        with self._turn.taken():
+            await self._opened()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Snapshot:
+        """The counts at the next point in time.
+
+        Raises StreamClosedError, StreamBusyError; at the first call all that opening may raise.
+        """
+        counts = await self._next()
+        if counts is None:
+            raise StopAsyncIteration
+        return counts
+
+    async def _next(self) -> Snapshot | None:
+        with self._turn.taken():
+            while True:
+                # detach() and aclose() end the waiting, to be noticed at once.
+                with self._turn.waiting():
+                    if self._ended or (self._detached and self._table is None):
+                        return None
+                    await self._opened()
+                    if self._detached:
+                        await run_sync(wait_for_running_programs)
+                        self._ended = True
+                    else:
+                        await self._ticks.wait()
+                    return self.read()
+                self._turn.check_open()
+
+    async def _opened(self) -> None:
+        if self._table is None:
+            await self._programs.attach()
+            made = self._programs.map(_COUNTS)
+            assert made is not None
+            self._table = maps.typed(made, "counts", Number("unsigned int"), Number("unsigned long long"))
+            self._ticks.start()
+            if self._detached:  # meanwhile
+                self._programs.detach()
+
+    def read(self) -> Snapshot:
+        """The counts now; after closing, the final ones."""
+        if self._final is not None:
+            return Snapshot(self._final[0], complete=True)
+        return Snapshot(complete=True) if self._table is None else self._table.sums()
+
+    def counters(self) -> Counters:
+        """What became of every exec: tried == submitted (which is counted) + lost, for want of room.
+
+        Beside them, those that filters rejected and those that the kernel missed.  Final after closing.
+        """
+        return self._programs.counters() if self._final is None else self._final[1]
+
+    def detach(self) -> None:
+        """Count no further exec.  One more dict comes, at once and final; then the iteration ends."""
+        if not self._detached:
+            self._detached = True
+            self._programs.detach()
+            self._turn.interrupt()
+
+    async def aclose(self) -> None:
+        """Detach, read the final counts, and free everything.
+
+        A task that waits for the next ones gets StreamClosedError.  Raises that itself when this was
+        closed before; leaving the `async with` block never does.
+        """
+        self._turn.check_open()
+        await self._close()
+
+    async def _close(self) -> None:
+        if self._turn.closed:
+            return
+        with CancelScope(shield=True):
+            async with self._turn.close():
+                self._detached = True
+                if self._table is not None:
+                    await run_sync(self._programs.detach)
+                    await run_sync(wait_for_running_programs)
+                self._release()
+
+    def _release(self) -> None:
+        self._final = self.read(), self.counters()
+        self._table = None
+        self._programs.close()
+
+    def __del__(self) -> None:
+        programs = getattr(self, "_programs", None)
+        if programs is not None:
+            programs.close()
+
+
+def count_execve(
+    *,
+    every: float = 2.0,
+    pid: int | None = None,
+    ppid: int | None = None,
+    uid: int | None = None,
+    gid: int | None = None,
+    comm: str | None = None,
+    cgroup: str | None = None,
+    exclude_self: bool = False,
+) -> ExecCounts:
+    """Count the successful execs of this machine by real user, and tell the counts `every` seconds.
+
+    Users are numbers of the initial namespace.  Filters are those of `trace_execve`; `comm` is the name
+    of the new program.
+
+    Nothing is attached until the iterator is entered or first iterated; then these may be raised:
+    PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8 with BTF or
+    with its headers), BccNotFoundError.  ArgumentError at once.
+    """
+    programs = Programs(
+        BPF_FOLDER / "count_execve.c",
+        {"exec_counted": RawTracepoint("sched_process_exec")},
+        maps={_COUNTS: MapSpec(MapType.PERCPU_HASH, 4, 8, _USERS)},
+        filters=Filters(
+            pid=pid, ppid=ppid, uid=uid, gid=gid, comm=comm, cgroup=cgroup, exclude_self=exclude_self
+        ),
+    )
+    return ExecCounts(programs, every)

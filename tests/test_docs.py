@@ -18,6 +18,9 @@ EXAMPLES = [
 ]
 
 
+SHOWN = ("documented", "Hello World")
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_example(code: str) -> None:
@@ -34,7 +37,7 @@ def test_example(code: str) -> None:
         with subprocess.Popen(["sh", "-c", "while sleep 0.1; do /bin/true documented; done"]) as producer:
             for line in example.stdout:
                 shown += line
-                if "documented" in line:
+                if any(word in line for word in SHOWN):
                     break
             producer.kill()
         try:
@@ -42,7 +45,7 @@ def test_example(code: str) -> None:
         except subprocess.TimeoutExpired:
             example.kill()
             rest, errors = example.communicate()
-    assert "true" in shown + rest
+    assert any(word in shown + rest for word in (*SHOWN, "true")), errors
     assert errors == ""
     # One that has been killed was an endless loop, which is what it shows.
     assert example.returncode in (0, -9)

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,12 @@ from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
-from ebpfstream.errors import PrivilegeError, StreamBusyError, StreamClosedError, UnsupportedError
+from ebpfstream.errors import PrivilegeError, StreamBusyError, UnsupportedError
 from ebpfstream.kernel import tracefs
 from ebpfstream.kernel.bpf import Descriptor
 from ebpfstream.lost import Lost
 from ebpfstream.text import decode, printable
+from ebpfstream.turns import Turn
 
 _READ_BYTES: Final = 1 << 16  # an entry is shorter than the kernel's buffer for it, 8 KiB or a page
 _ENTRIES_AT_ONCE: Final = 64
@@ -70,6 +71,9 @@ class TraceLine:
     """The trace clock as printed: seconds, or ticks if the clock is one that counts."""
     message: str
     """What was printed, without newlines at its end; those inside are kept."""
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.pid} [{self.cpu:03}] {self.flags} {self.timestamp:.6f}: {self.message}"
 
 
 def parse(entry: bytes) -> list[TraceLine | Lost]:
@@ -139,7 +143,7 @@ class TracePipe(Descriptor):
             (self._folder / "events/bpf_trace/bpf_trace_printk/enable").write_text("1")
 
     def _check_for_other_readers(self, path: Path) -> None:
-        """Before Linux 6.6 the kernel lets several in, and shares the lines out among them."""
+        """Kernels before 6.6, unless they got its fix, let several in and share the lines out among them."""
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         except OSError:
@@ -256,12 +260,10 @@ class TraceStream:
         self._path = path
         self._pipe: TracePipe | None = None
         self._lines: Iterator[TraceLine | Lost] = iter(())
-        self._closed = False
-        self._turn = anyio.Lock()  # held by whoever waits for the next lines
-        self._waiting: CancelScope | None = None
+        self._turn = Turn("line")
 
     async def __aenter__(self) -> Self:
-        with self._turn_taken():
+        with self._turn.taken():
             await self._opened()
         return self
 
@@ -287,11 +289,11 @@ class TraceStream:
         return next(self._lines)
 
     async def _next_lines(self) -> list[TraceLine | Lost]:
-        with self._turn_taken():
+        with self._turn.taken():
             woken = False
             while True:
                 # aclose() cancels the scope, to be noticed at once.
-                with CancelScope() as self._waiting:
+                with self._turn.waiting():
                     pipe = await self._opened()
                     await checkpoint()
                     entries = pipe.read(_ENTRIES_AT_ONCE)
@@ -302,7 +304,7 @@ class TraceStream:
                             await anyio.sleep(_PAUSE)
                         await anyio.wait_readable(pipe.fd)
                     woken = not entries
-                self._check_open()
+                self._turn.check_open()
 
     async def _opened(self) -> TracePipe:
         if self._pipe is None:
@@ -310,44 +312,20 @@ class TraceStream:
             self._pipe = await run_sync(_opened, self._path, self._on_start)
         return self._pipe
 
-    @contextmanager
-    def _turn_taken(self) -> Iterator[None]:
-        self._check_open()
-        try:
-            self._turn.acquire_nowait()
-        except anyio.WouldBlock:
-            raise StreamBusyError(
-                "another task is waiting for this stream's next line: "
-                "iterate it in one task, and hand lines on from there"
-            ) from None
-        try:
-            yield
-        finally:
-            self._turn.release()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StreamClosedError(
-                "this stream is closed: call the function that made it again for a new one"
-            )
-
     async def aclose(self) -> None:
         """Close the pipe.
 
         A task that waits for the next line gets StreamClosedError.  Raises that itself when the
         stream was closed before; leaving the `async with` block never does.
         """
-        self._check_open()
+        self._turn.check_open()
         await self._close()
 
     async def _close(self) -> None:
-        if self._closed:
+        if self._turn.closed:
             return
-        self._closed = True
-        if self._waiting is not None:
-            self._waiting.cancel()
         with CancelScope(shield=True):
-            async with self._turn:
+            async with self._turn.close():
                 self._lines = iter(())
                 if self._pipe is not None:
                     self._pipe.close()

@@ -478,21 +478,26 @@ def test_where_the_kernel_lets_several_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "value", "undo"),
+    ("option", "undo"),
     [
-        ("tracing_on", "0", "echo 1 > {}/tracing_on"),
-        ("trace_options", "raw", "for option in noraw; do"),
-        ("trace_options", "hex", "for option in nohex; do"),
-        ("trace_options", "bin", "for option in nobin; do"),
-        ("trace_options", "fields", "for option in nofields; do"),
-        ("trace_options", "latency-format", "for option in nolatency-format; do"),
-        ("trace_options", "nocontext-info", "for option in context-info; do"),
+        (None, "echo 1 > {}/tracing_on"),
+        ("raw", "for option in noraw; do"),
+        ("hex", "for option in nohex; do"),
+        ("bin", "for option in nobin; do"),
+        ("fields", "for option in nofields; do"),
+        ("latency-format", "for option in nolatency-format; do"),
+        ("nocontext-info", "for option in context-info; do"),
     ],
 )
-def test_settings_with_which_nothing_would_come(file: str, value: str, undo: str) -> None:
+def test_settings_with_which_nothing_would_come(option: str | None, undo: str) -> None:
     """The remedy is one that works."""
     with instance() as folder:
-        (folder / file).write_text(value)
+        if option is None:
+            (folder / "tracing_on").write_text("0")
+        elif option == "fields" and "nofields" not in (folder / "trace_options").read_text().split():
+            return  # before Linux 6.4
+        else:
+            (folder / "trace_options").write_text(option)
         with pytest.raises(UnsupportedError) as caught:
             TracePipe(folder / "trace_pipe")
         message = str(caught.value)

@@ -114,16 +114,17 @@ class Float(CType):
 
 
 class Chars(CType):
-    """`char[size]`: text up to the first NUL."""
+    """`char[size]`: text up to the first NUL; or of a map's key, `whole`, as what is behind it tells keys apart."""
 
     alignment = 1
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, whole: bool = False) -> None:
         self.size = size
+        self._whole = whole
 
     def unpack(self, data: bytes) -> str:
         """A str."""
-        return text.decode(data.partition(b"\0")[0])
+        return text.decode(data.rstrip(b"\0") if self._whole else data.partition(b"\0")[0])
 
     def pack(self, value: Any) -> bytes:
         """Of str or bytes that fit."""

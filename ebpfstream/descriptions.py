@@ -21,12 +21,12 @@ _PADDING: Final = "__pad_"
 _RECORDS: Final = ("struct", "struct_packed", "union")
 
 
-def parse(description: Any, size: int) -> CType:
-    """The type that BCC describes so, `size` bytes long.
+def parse(description: Any, size: int, *, key: bool = False) -> CType:
+    """The type that BCC describes so, `size` bytes long; of a map's keys if that is said.
 
     Raises EventTypeError where its description does not tell the whole type: the sizes differ then.
     """
-    found = _parse(description)
+    found = _parse(description, key)
     if found.size != size:
         raise EventTypeError(
             f"BCC does not describe {found.declared()} whole: what it tells of takes {found.size} bytes of "
@@ -36,7 +36,7 @@ def parse(description: Any, size: int) -> CType:
     return found
 
 
-def _parse(description: Any) -> CType:
+def _parse(description: Any, key: bool = False) -> CType:
     match description:
         case str() if description in NUMBERS:
             return Number(description)
@@ -45,13 +45,13 @@ def _parse(description: Any) -> CType:
         case [_, list(), "enum"]:
             return Number("unsigned int")
         case [str(name), list(members), str(kind)] if kind in _RECORDS:
-            return _parse_record(name, members, kind)
+            return _parse_record(name, members, kind, key)
     raise EventTypeError(
         f"BCC describes a type as {description!r}, which is unknown here: give an event class"
     )
 
 
-def _parse_record(name: str, members: list[Any], kind: str) -> Record:
+def _parse_record(name: str, members: list[Any], kind: str, key: bool) -> Record:
     fields: list[Field] = []
     at = end = 0  # in bits, for the sake of bit-fields
     alignment = 1
@@ -60,13 +60,13 @@ def _parse_record(name: str, members: list[Any], kind: str) -> Record:
         member_name, of_type, *extra = member
         if extra and extra[0] in _RECORDS:  # unnamed: the type stands in the member's place
             of_type, extra = member, []
-        found = _parse(of_type)
+        found = _parse(of_type, key)
         width = None
         for size in extra:
             if isinstance(size, int):
                 width = size
             else:
-                found = _array(found, size)
+                found = _array(found, size, key)
         unit = found.size * 8
         alignment = max(alignment, found.alignment)
         step = 8 if kind == "struct_packed" else found.alignment * 8
@@ -95,10 +95,10 @@ def _up(bits: int, step: int) -> int:
     return (bits + step - 1) // step * step
 
 
-def _array(item: CType, counts: list[int]) -> CType:
+def _array(item: CType, counts: list[int], key: bool) -> CType:
     for count in reversed(counts):
         if isinstance(item, Number) and item.size == 1 and not item.truth:
-            item = Chars(count) if item.declared() == "char" else Bytes(count)
+            item = Chars(count, whole=key) if item.declared() == "char" else Bytes(count)
         else:
             item = Array(item, count)
     return item

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 from weakref import WeakSet
 
-from anyio import CancelScope
 from anyio.to_thread import run_sync
 
 from ebpfstream import descriptions
-from ebpfstream.c_types import CType
+from ebpfstream.c_types import CType, Record
 from ebpfstream.errors import (
     ArgumentError,
     CompileError,
@@ -24,7 +23,7 @@ from ebpfstream.errors import (
     NotOpenError,
     StreamBusyError,
 )
-from ebpfstream.events import E_co, Event
+from ebpfstream.events import E, Event
 from ebpfstream.hooks import Hooks
 from ebpfstream.kernel import buffers, compiler, maps
 from ebpfstream.kernel.bpf import Map, MapType
@@ -38,10 +37,12 @@ from ebpfstream.kernel.perfbuf import PerfBuffer
 from ebpfstream.kernel.ringbuf import RingBuffer
 from ebpfstream.kernel.tracefs import tracepoint_id
 from ebpfstream.kernel.tracepipe import TraceStream
+from ebpfstream.lost import Lost
 from ebpfstream.outputs import PROBE, Output, OutputTypes
 from ebpfstream.programs import UserPrograms
 from ebpfstream.snapshots import Snapshots
-from ebpfstream.stream import LATENCY, EventStream
+from ebpfstream.stream import LATENCY, EventStream, OnLost
+from ebpfstream.turns import in_thread, to_the_end
 
 _OUTPUTS = (MapType.PERF_EVENT_ARRAY, MapType.RINGBUF)
 
@@ -93,7 +94,7 @@ class BPF(Hooks):
         self._programs: UserPrograms | None = None
         self._typed: dict[str, TypedMap] = {}
         self._read: set[str] = set()  # outputs of which there is a stream
-        self._streams: WeakSet[EventStream[Any] | Snapshots] = WeakSet()
+        self._streams: WeakSet[EventStream[Any] | Snapshots | TraceStream] = WeakSet()
 
     async def __aenter__(self) -> Self:
         if self._closed or self._module is not None:
@@ -104,19 +105,20 @@ class BPF(Hooks):
         self._programs = UserPrograms(self._module)
         if not any(made.type in _OUTPUTS for made in self._module.maps.values()):
             try:
-                await run_sync(self.attach)
+                await in_thread(self.attach)
             except BaseException:
                 await self.aclose()
                 raise
         return self
 
     async def _compiled(self) -> Module:
-        probes = self._types.declarations
-        if probes:
+        while probes := self._types.declarations:
             try:
                 return await compiler.compile(self._text + probes, self._cflags)
-            except CompileError:
-                pass  # of the text itself, or because a type is not one outside of its function
+            except CompileError as error:
+                # A type may not be one outside of its function; else the text itself is wrong.
+                if not self._types.without_failing(self._text, error.log):
+                    break
         try:
             return await compiler.compile(self._text, self._cflags)
         except CompileError:
@@ -138,16 +140,22 @@ class BPF(Hooks):
         if self._closed:
             return
         self._closed = True
-        with CancelScope(shield=True):
-            if self._programs is not None:
-                await run_sync(self._programs.detach)
-            for stream in list(self._streams):
-                await stream.__aexit__(None, None, None)
-        with ExitStack() as stack:
+        await to_the_end(self._closing)
+
+    async def _closing(self) -> None:
+        async with AsyncExitStack() as stack:
             if self._module is not None and self._programs is not None:
-                stack.callback(self._programs.close)
                 for made in self._module.maps.values():
                     stack.callback(made.close)
+                stack.callback(self._programs.close)
+            for stream in list(self._streams):
+                stack.push_async_exit(stream)
+            await run_sync(self._detach)
+
+    def _detach(self) -> None:
+        with self._attaching:  # what another thread is attaching, too
+            if self._programs is not None:
+                self._programs.detach()
 
     # --- what it declares
 
@@ -173,7 +181,10 @@ class BPF(Hooks):
     def _typed_map(self, name: str) -> TypedMap:
         made, described = self._opened().maps[name], self._opened().described[name]
         return maps.typed(
-            made, name, _type(described.key, made.key_size), _type(described.value, made.value_size)
+            made,
+            name,
+            _type(described.key, made.key_size, key=True),
+            _type(described.value, made.value_size),
         )
 
     def event_type(self, output: str) -> type[Event]:
@@ -202,12 +213,24 @@ class BPF(Hooks):
     def events(
         self,
         output: str,
-        event_type: type[E_co],
+        event_type: type[E],
         *,
         latency: float = ...,
         buffer_size: int | None = ...,
         max_delay: float = ...,
-    ) -> EventStream[E_co]: ...
+        on_lost: Literal["count", "raise"] = ...,
+    ) -> EventStream[E]: ...
+    @overload
+    def events(
+        self,
+        output: str,
+        event_type: type[E],
+        *,
+        latency: float = ...,
+        buffer_size: int | None = ...,
+        max_delay: float = ...,
+        on_lost: Literal["yield"],
+    ) -> EventStream[E | Lost]: ...
     @overload
     def events(
         self,
@@ -217,15 +240,17 @@ class BPF(Hooks):
         latency: float = ...,
         buffer_size: int | None = ...,
         max_delay: float = ...,
+        on_lost: OnLost = ...,
     ) -> EventStream[Any]: ...
     def events(
         self,
         output: str,
-        event_type: type[Event] | None = None,
+        event_type: type[Any] | None = None,
         *,
         latency: float = LATENCY,
         buffer_size: int | None = None,
         max_delay: float = 0,
+        on_lost: OnLost = "count",
     ) -> EventStream[Any]:
         """What is submitted to an output, BPF_PERF_OUTPUT or BPF_RINGBUF_OUTPUT, as a stream of events.
 
@@ -236,7 +261,7 @@ class BPF(Hooks):
         for want of room.  A perf buffer has `buffer_size` bytes in all (4 MiB unless told otherwise),
         and waits `max_delay` seconds for late records of other CPUs; a ring buffer's size is the text's.
         How many events a ring buffer had no room for only the program could tell, so the statistics
-        say None.
+        say None, and `on_lost` (see EventStream) can be asked of a perf buffer alone.
 
         One stream at a time reads an output.  Closing it leaves the programs attached; `detach()`
         of the stream takes those off that submit to it.
@@ -250,18 +275,27 @@ class BPF(Hooks):
                 f"{output!r} is being read by another stream, and each record can be read once: close that one, "
                 "or share its events"
             )
+        if on_lost != "count" and made.type is MapType.RINGBUF:
+            raise ArgumentError(
+                f"{output!r} is a ring buffer, and of what it had no room for nobody tells: leave on_lost as it "
+                "is, or use BPF_PERF_OUTPUT"
+            )
+        submitted: Record | None = None
         if event_type is None:
             event_type = self.event_type(output)
-        elif self._types.shows(output):
-            descriptions.check(event_type, self._types.of(output, self._opened()))
+        else:
+            with suppress(EventTypeError):  # what does not show cannot be checked
+                submitted = self._types.of(output, self._opened())
+        if submitted is not None:
+            descriptions.check(event_type, submitted)
         source = Output(
             _buffer(made, output, buffer_size, max_delay),
-            start=partial(run_sync, self.attach),
+            start=partial(in_thread, self.attach),
             submitters=partial(self._loaded().submitting_to, made),
             release=partial(self._read.discard, output),
         )
         try:
-            stream: EventStream[Any] = EventStream(source, event_type, latency=latency)
+            stream: EventStream[Any] = EventStream(source, event_type, latency=latency, on_lost=on_lost)
         except ArgumentError:
             source.close()
             raise
@@ -276,7 +310,9 @@ class BPF(Hooks):
         StreamBusyError at the first iteration if there is another one.
         """
         self._opened()
-        return TraceStream(self.attach)
+        lines = TraceStream(self.attach)
+        self._streams.add(lines)
+        return lines
 
     def snapshots(
         self, name: str, every: float = 2.0, *, drain: bool = False, per_cpu: bool = False
@@ -296,13 +332,13 @@ class BPF(Hooks):
 
     def attach(self) -> None:
         """Attach the programs that attach themselves by their names.  Again it does nothing."""
-        functions = self.functions
+        self._opened()
         with self._attaching:
             if self._own_attached:
                 return
             links: list[Link] = []
             try:
-                for function in functions:
+                for function in self.functions:
                     hook = self._own_hook(function)
                     if hook is not None:
                         links.append(self._attach(function, hook))
@@ -315,9 +351,8 @@ class BPF(Hooks):
     def detach(self) -> None:
         """Take all programs off their hooks: streams end with what was submitted before."""
         self._opened()
-        with self._attaching:
-            self._own_attached = True  # or would be, at the next iteration
-            self._loaded().detach()
+        self._own_attached = True  # or would be, at the next iteration
+        self._detach()
         for stream in list(self._streams):
             if isinstance(stream, EventStream):
                 stream.detach()
@@ -354,12 +389,12 @@ class _Maps(dict[str, TypedMap]):
         )
 
 
-def _type(description: Any, size: int) -> CType | None:
+def _type(description: Any, size: int, *, key: bool = False) -> CType | None:
     """None, which stands for bytes, where BCC does not describe it whole."""
     if description is None or not size:
         return None
     try:
-        return descriptions.parse(description, size)
+        return descriptions.parse(description, size, key=key)
     except EventTypeError:
         return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import datetime
 from typing import Final
 
 from ebpfstream import descriptions
@@ -14,9 +16,13 @@ from ebpfstream.kernel.buffers import Buffer
 from ebpfstream.kernel.c_text import Submission, submissions
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Link
+from ebpfstream.kernel.perfbuf import PerfBuffer
+from ebpfstream.lost import Lost
 from ebpfstream.readymade import Counters
+from ebpfstream.records import Records
 
 PROBE: Final = "ebpfstream_type_"
+_ERROR_LINE: Final = re.compile(r"main\.c:(\d+):\d+: error:")
 
 
 class OutputTypes:
@@ -30,22 +36,29 @@ class OutputTypes:
         self._submissions = submissions(text)
         self._known: dict[str, Record] = {}
         shown = {(one.type, one.length) for one in self._submissions if one.type}
-        self._probes = {what: f"{PROBE}{number}" for number, what in enumerate(sorted(shown, key=str))}
+        self._probes: dict[tuple[str | None, str | None], str] = {
+            what: f"{PROBE}{number}" for number, what in enumerate(sorted(shown, key=str))
+        }
 
     @property
     def declarations(self) -> str:
         """C text to stand behind the program's."""
-        lines = [""]
-        for (item, length), name in self._probes.items():
-            if length is not None:
-                lines.append(f"struct {name}_array {{ {item} value[{length}]; }};")
-            value = item if length is None else f"struct {name}_array"
-            lines.append(f'BPF_TABLE("hash", u32, {value}, {name}, 1);')
-        return "\n".join(lines) + "\n" if self._probes else ""
+        return "".join(f"\n{self._declaration(*what, name)}" for what, name in self._probes.items())
 
-    def shows(self, output: str) -> bool:
-        """Whether the text shows the type of all that is submitted to an output."""
-        return all(one.type for one in self._submissions if one.output == output)
+    def _declaration(self, item: str | None, length: str | None, name: str) -> str:
+        if length is None:
+            return f'BPF_TABLE("hash", u32, {item}, {name}, 1);'
+        array = f"struct {name}_array"
+        return f'{array} {{ {item} value[{length}]; }}; BPF_TABLE("hash", u32, {array}, {name}, 1);'
+
+    def without_failing(self, text: str, log: str) -> bool:
+        """Declare no more what the compiler refused behind this text, by its log; whether that is some, not all."""
+        first = text.count("\n") + 2
+        failing = {int(line) - first for line in _ERROR_LINE.findall(log)}
+        kept = {what: name for index, (what, name) in enumerate(self._probes.items()) if index not in failing}
+        some = 0 < len(kept) < len(self._probes)
+        self._probes = kept if some else {}
+        return some
 
     def of(self, output: str, module: Module) -> Record:
         """The type of an output's events.  Raises EventTypeError, which says what could not be found out."""
@@ -66,7 +79,7 @@ class OutputTypes:
             raise _unknown(
                 output, f"it is given several: {_places(reversed(first_of_each), with_types=True)}"
             )
-        name = next(name for what, name in self._probes.items() if what in types)
+        name = self._probes.get(types.pop())
         if name not in module.maps:
             raise _unknown(
                 output, f"{here[0].type} (line {here[0].line}) is no type outside of that function"
@@ -116,6 +129,7 @@ class Output:
         self._start = start
         self._submitters = submitters
         self._release = release
+        self._told: dict[int, int] = {}
 
     async def open(self) -> Buffer:
         """Attach the programs that attach themselves, now that there is a buffer."""
@@ -140,10 +154,32 @@ class Output:
         return Counters(
             rejected=None,
             tried=None,
+            skipped=None,
             submitted=None,
             lost=self.buffer.lost,
+            lost_full=None,
+            lost_too_large=None,
+            lost_no_buffer=None,
+            lost_otherwise=None,
             misses=sum(known) if len(known) == len(misses) else None,
         )
+
+    def pause(self, paused: bool) -> None:
+        """Cannot be: the program is the user's."""
+        raise UnsupportedError(
+            "a program of yours cannot be paused, only detached: close the links that attaching it returned, and "
+            "attach it again"
+        )
+
+    def drained(self) -> None:
+        """Nobody is to be told."""
+
+    def losses(self, records: Records | None, time: datetime) -> tuple[Lost, ...]:
+        """What the kernel says it had no room for since it was last asked; of a ring buffer it says nothing."""
+        lost = self.buffer.lost_by_cpu() if isinstance(self.buffer, PerfBuffer) else {}
+        new = {cpu: count - self._told.get(cpu, 0) for cpu, count in lost.items()}
+        self._told = lost
+        return tuple(Lost(cpu, count, time=time) for cpu, count in new.items() if count > 0)
 
     def set_filters(self, filters: Filters) -> None:
         """There are none: the program is the user's."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ebpfstream import descriptions
 from ebpfstream.batch import EventBatch
 from ebpfstream.c_types import CType, Record
-from ebpfstream.errors import ArgumentError, EventTypeError
+from ebpfstream.errors import ArgumentError, DecodeError, EventTypeError
 from ebpfstream.events import I32, U8, U32, U64, Array, Char, Comm, Event, Integer
 from ebpfstream.records import Records
 
@@ -102,6 +102,26 @@ def test_everything_in_one_struct() -> None:
         "parts": "\x01\x02\x03\x04",
         "class_": 42,
     }
+
+
+def test_an_array_at_the_end_may_be_submitted_as_far_as_it_is_filled() -> None:
+    record = parsed(["data_t", [["length", "unsigned int"], ["text", "char", [12]]], "struct_packed"], 16)
+    data = b"".join(bytes(8) + struct.pack("<I4s", length, b"abcd"[:length]) for length in (0, 3, 4))
+    short = EventBatch(record.event_type, Records(data, 8, [(0, 16, 8, 3)]))
+    assert [vars(event) for event in short] == [
+        {"length": length, "text": "abcd"[:length]} for length in (0, 3, 4)
+    ]
+    assert [json.loads(line)["text"] for line in short.to_json_lines().splitlines()] == ["", "abc", "abcd"]
+    with pytest.raises(DecodeError, match=r"a record of 2 bytes ends before data_t\.length"):
+        list(EventBatch(record.event_type, Records(bytes(16), 8, [(0, 16, 2, 1)])))
+
+
+def test_keys_differ_behind_their_nul() -> None:
+    key = descriptions.parse(["key_t", [["name", "char", [8]]], "struct_packed"], 8, key=True)
+    one, other = key.unpack(b"a\0b\0\0\0\0\0"), key.unpack(b"a\0c\0\0\0\0\0")
+    assert one != other
+    assert [key.pack(each) for each in (one, other)] == [b"a\0b\0\0\0\0\0", b"a\0c\0\0\0\0\0"]
+    assert key.pack(("a",)) == b"a".ljust(8, b"\0")
 
 
 def test_a_struct_may_call_its_members_as_it_likes() -> None:

@@ -20,9 +20,7 @@ _SAMPLE: Final = {"perf_submit": 1, "perf_submit_skb": 2, "ringbuf_output": 0, "
 _CAST: Final = re.compile(r"\(\s*(?:const\s+)?(?:void|char|u8|unsigned\s+char)\s*\*\s*\)")
 _NAME: Final = re.compile(r"(&?)\s*([A-Za-z_]\w*)")
 _TYPE: Final = r"(?:struct|union|enum)\s+\w+|[A-Za-z_]\w*(?:\s+(?:long|int|char|short))*"
-_NO_TYPES: Final = frozenset(
-    {"return", "goto", "case", "else", "sizeof", "typeof", "do", "struct", "union", "enum"}
-)
+_NO_TYPES: Final = frozenset({"return", "goto", "case", "else", "sizeof", "typeof", "do"})
 _DIRECTIVE: Final = re.compile(r"^[ \t]*#(?:\\\n|.)*", re.MULTILINE)
 # What stands before a declaration within a function; anything else makes `a * b` a product.
 _BEGINNING: Final = re.compile(r"(?:[;{}:]|\bfor\s*\(|\b(?:const|volatile|static|register|__maybe_unused))$")

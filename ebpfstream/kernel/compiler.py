@@ -19,12 +19,15 @@ import anyio
 from ebpfstream import errors
 from ebpfstream.errors import CompileError, EbpfStreamError
 from ebpfstream.kernel.bpf import Map, MapType, instructions_of
+from ebpfstream.turns import to_the_end
 
 # Appended, so that no module of site-packages can stand in for one of the standard library.
 _CHILD: Final = "import sys; sys.path.append(sys.argv[2]); from ebpfstream.kernel import bcc; bcc.main()"
 _PACKAGE_PARENT: Final = Path(__file__).parents[2]
 _ERRORS_SHOWN: Final = 3
 _CALL_POINTER: Final = 0x8D
+# What clang says of names that only headers have.
+_WITHOUT_HEADERS: Final = ("use of undeclared identifier", "implicit declaration of function")
 _FD_SPACE: Final = socket.CMSG_SPACE(4 * 253)  # SCM_MAX_FD, include/net/scm.h
 
 
@@ -91,10 +94,11 @@ async def compile(text: str, cflags: Sequence[str] = ()) -> Module:  # noqa: A00
             body = await _receive(ours, received)
         except BaseException:
             child.kill()
-            with anyio.CancelScope(shield=True):
-                await _receive(ours, received)
-            for fd in received:
-                os.close(fd)
+            try:
+                await to_the_end(_receive, ours, received)
+            finally:
+                for fd in received:
+                    os.close(fd)
             raise
         finally:
             child.wait()  # its end of the socket is closed last of all: this does not block
@@ -149,7 +153,11 @@ def _module(body: bytes, received: list[int], log: str, returncode: int) -> Modu
 
 
 def _parsed(description: str) -> Any:
-    return json.loads(description) if description else None
+    """None where there is nothing to read; BCC's JSON is none for `char x[sizeof(struct y)]`."""
+    try:
+        return json.loads(description)
+    except json.JSONDecodeError:
+        return None
 
 
 def _message(message: str, log: str) -> str:
@@ -165,6 +173,11 @@ def _message(message: str, log: str) -> str:
         shown.append(f"  ({count - _ERRORS_SHOWN} more errors are in the error's `log`)")
     if not shown:
         shown = ["  " + line for line in log.strip().splitlines()[-5:]]
+    if any(error in log for error in _WITHOUT_HEADERS):
+        shown.append(
+            "  (if that is a macro or an inline function of the kernel's: types come from BTF, which has neither; "
+            "define it in the program, or install the kernel's headers)"
+        )
     return message + ":\n" + "\n".join(shown) if shown else message
 
 

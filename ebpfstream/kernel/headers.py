@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Final
 
-FORMAT: Final = 1  # raise it when trees come out differently: it makes the cached ones unreachable
+FORMAT: Final = 3  # raise it when trees come out differently: it makes the cached ones unreachable
 KEEP: Final = {"reduced-": 64, "whole-": 8}  # a whole tree is 3 MB, a reduced one a fiftieth
 IN_USE: Final = 3600.0  # a tree used so many seconds ago may still be compiled against
 

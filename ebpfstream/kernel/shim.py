@@ -6,7 +6,9 @@ whether a folder holds kernel headers, and includes it before anything else; fro
 
 from __future__ import annotations
 
+import errno
 import re
+from signal import Signals
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ class Program(NamedTuple):
     ordinary: frozenset[str]
     #: The macros of `MACROS` that it defines itself.
     macros: frozenset[str]
+    #: The macros of `_MEMBERS` that it uses, and does not use the names for members of its own.
+    members: frozenset[str]
     #: The headers that it includes in angle brackets and that must be there, if only empty.
     includes: frozenset[str]
 
@@ -51,12 +55,18 @@ def read_program(text: str) -> Program:
     identifiers = set(re.findall(r"[A-Za-z_]\w*", text))
     # BCC's macro pastes the name of its argument's type together.
     identifiers.update("bpf_iter__" + target for target in re.findall(r"\bBPF_ITER\s*\(\s*(\w+)", text))
+    todo = identifiers & _MEANINGS.keys()
+    while todo:  # what a macro means must be reached as well
+        meant = set(re.findall(r"[A-Za-z_]\w*", " ".join(_MEANINGS[name] for name in todo)))
+        todo = (meant - identifiers) & _MEANINGS.keys()
+        identifiers |= meant
     code = _ATTRIBUTE.sub(" ", re.sub(r"(?m)^[ \t]*#.*$", "", text))
     return Program(
         identifiers=frozenset(identifiers),
         tags=frozenset(_TAG.findall(code)),
         ordinary=frozenset(_ordinary(code)),
         macros=frozenset(re.findall(r"(?m)^[ \t]*#[ \t]*define[ \t]+(\w+)", text)) & _MACRO_NAMES,
+        members=frozenset(identifiers & _MEMBERS.keys() - set(_OWN_MEMBER.findall(code))),
         includes=frozenset(filter(_stubbed, re.findall(r"(?m)^[ \t]*#[ \t]*include[ \t]*<([^>\n]+)>", text))),
     )
 
@@ -127,6 +137,8 @@ struct tcp_timewait_sock; struct tcphdr; struct udp6_sock; struct unix_sock; str
 #define CONFIG_ARCH_HAS_SYSCALL_WRAPPER 1
 #endif
 #include "macros.h"
+/* Functions that headers define are not here: better no program than one that calls into nowhere. */
+#pragma clang diagnostic error "-Wimplicit-function-declaration"
 #endif
 """
 
@@ -135,6 +147,11 @@ MACROS: Final = """\
 #define NULL ((void *)0)
 #define __always_inline inline __attribute__((always_inline))
 #define noinline __attribute__((noinline))
+#define memcpy(a, b, size) __builtin_memcpy(a, b, size)
+#define memmove(a, b, size) __builtin_memmove(a, b, size)
+#define memset(a, b, size) __builtin_memset(a, b, size)
+#define memcmp(a, b, size) __builtin_memcmp(a, b, size)
+#define strlen(text) __builtin_strlen(text)
 #define __packed __attribute__((packed))
 #define __aligned(x) __attribute__((aligned(x)))
 #define __maybe_unused __attribute__((unused))
@@ -165,6 +182,12 @@ MACROS: Final = """\
 #define IS_BUILTIN(option) BTF_IS_ONE(option)
 #define IS_MODULE(option) BTF_IS_ONE(option##_MODULE)
 #define IS_ENABLED(option) (BTF_IS_ONE(option) || BTF_IS_ONE(option##_MODULE))
+#define inet_sk(sk) ((struct inet_sock *)(sk))
+#define inet_csk(sk) ((struct inet_connection_sock *)(sk))
+#define tcp_sk(sk) ((struct tcp_sock *)(sk))
+#define udp_sk(sk) ((struct udp_sock *)(sk))
+#define div_u64(dividend, divisor) ((u64)(dividend) / (u32)(divisor))
+#define div64_u64(dividend, divisor) ((u64)(dividend) / (u64)(divisor))
 #define ntohs(x) __builtin_bswap16(x)
 #define htons(x) __builtin_bswap16(x)
 #define ntohl(x) __builtin_bswap32(x)
@@ -178,11 +201,17 @@ MACROS: Final = """\
 #define TASK_COMM_LEN 16
 #define NAME_MAX 255
 #define PATH_MAX 4096
+#define USEC_PER_SEC 1000000L
+#define NSEC_PER_USEC 1000L
+#define NSEC_PER_MSEC 1000000L
+#define NSEC_PER_SEC 1000000000L
 #define AF_UNSPEC 0
 #define AF_UNIX 1
 #define AF_INET 2
 #define AF_INET6 10
 #define AF_NETLINK 16
+#define SCM_RIGHTS 1
+#define IFNAMSIZ 16
 #define ETH_ALEN 6
 #define ETH_P_IP 0x0800
 #define ETH_P_ARP 0x0806
@@ -192,6 +221,7 @@ MACROS: Final = """\
 #define O_RDWR 2
 #define O_CREAT 0100
 #define O_TRUNC 01000
+#define FMODE_CREATED 0x100000
 #define CLONE_THREAD 0x00010000
 #define PF_KTHREAD 0x00200000
 #define TASK_RUNNING 0
@@ -210,6 +240,8 @@ MACROS: Final = """\
 #define S_ISLNK(mode) (((mode) & S_IFMT) == S_IFLNK)
 #define S_ISSOCK(mode) (((mode) & S_IFMT) == S_IFSOCK)
 #define DISK_NAME_LEN 32
+#define REQ_OP_BITS 8
+#define REQ_OP_MASK ((1 << REQ_OP_BITS) - 1)
 #define TC_ACT_OK 0
 #define TC_ACT_SHOT 2
 #define BPF_ANY 0
@@ -227,6 +259,40 @@ MACROS: Final = """\
 
 _MACRO = re.compile(r"(?m)^#define (\w+)")
 _MACRO_NAMES = frozenset(_MACRO.findall(MACROS))
+
+# Members that have names of their own, unless the kernel's types have that name themselves:
+# include/net/sock.h, inet_sock.h, request_sock.h; include/uapi/linux/in6.h; include/linux/dcache.h (6.14).
+_OF_SOCK_COMMON: Final = """\
+addrpair bound_dev_if cookie daddr dport family flags hash incoming_cpu ipv6only net net_refcnt num portpair
+prot rcv_saddr refcnt reuse reuseport rx_queue_mapping state tx_queue_mapping v6_daddr v6_rcv_saddr
+"""
+_MEMBERS: Final = {
+    **{f"sk_{name}": f"__sk_common.skc_{name}" for name in _OF_SOCK_COMMON.split()},
+    **{f"inet_{name}": f"sk.__sk_common.skc_{name}" for name in ("daddr", "dport", "num", "rcv_saddr")},
+    "ir_loc_addr": "req.__req_common.skc_rcv_saddr",
+    "ir_num": "req.__req_common.skc_num",
+    "ir_rmt_addr": "req.__req_common.skc_daddr",
+    "ir_rmt_port": "req.__req_common.skc_dport",
+    "ir_v6_loc_addr": "req.__req_common.skc_v6_rcv_saddr",
+    "ir_v6_rmt_addr": "req.__req_common.skc_v6_daddr",
+    "s6_addr": "in6_u.u6_addr8",
+    "s6_addr16": "in6_u.u6_addr16",
+    "s6_addr32": "in6_u.u6_addr32",
+    "d_iname": "d_shortname.string",
+}
+# Where one of these is declared, and not used behind a dot or an arrow.
+_OWN_MEMBER = re.compile(rf"(?:[\w*]\s*|,\s*(?=\w+\s*[;=\[:]))\b({'|'.join(_MEMBERS)})\b")
+# DNAME_INLINE_LEN is the size of a member, before and since Linux 6.14.  It must be a number, since BCC
+# cannot tell the type of an array that is sizeof() something long.
+_DNAME_INLINE_LEN = re.compile(
+    r"\bd_iname\[(\d+)\]|\bunion shortname_store \{\s*unsigned char string\[(\d+)\]"
+)
+# What the macros that take no arguments stand for.
+_MEANINGS: Final = {
+    **_MEMBERS,
+    **dict(re.findall(r"(?m)^#define (\w+) (.*)", MACROS)),
+    "DNAME_INLINE_LEN": "dentry",
+}
 
 #: BPF_FUNC_*, in the order of __BPF_FUNC_MAPPER in include/uapi/linux/bpf.h: the first is 1.  BCC's
 #: headers name all of them that were known when it was made, whatever the running kernel has.  The
@@ -269,6 +335,8 @@ tcp_raw_check_syncookie_ipv4 tcp_raw_check_syncookie_ipv6 ktime_get_tai_ns user_
 cgrp_storage_get cgrp_storage_delete
 """
 
+_SIGRTMIN: Final = 32  # the kernel's; include/uapi/asm-generic/signal.h
+
 _VERSION = """\
 #define LINUX_VERSION_CODE {code}
 #define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))
@@ -281,6 +349,13 @@ _PAGE = """\
 #define PAGE_SHIFT {shift}
 #define PAGE_SIZE (1UL << PAGE_SHIFT)
 #define PAGE_MASK (~(PAGE_SIZE - 1))
+#if defined(__x86_64__)  /* the least that there is without randomization: the variable cannot be read here */
+#define __PAGE_OFFSET_BASE_L4 0xffff888000000000UL
+#define __PAGE_OFFSET_BASE_L5 0xff11000000000000UL
+#define PAGE_OFFSET __PAGE_OFFSET_BASE_L4
+#elif defined(__aarch64__) && defined(CONFIG_ARM64_VA_BITS)
+#define PAGE_OFFSET (-(1UL << CONFIG_ARM64_VA_BITS))
+#endif
 """
 
 # BCC's own headers include the first three.  The others are what programs include by habit; files
@@ -325,7 +400,7 @@ def files(
         "vmlinux.h": f"#ifndef __VMLINUX_H__\n#define __VMLINUX_H__\n{vmlinux}#endif\n",
         "linux/kconfig.h": KCONFIG,
         "linux/autoconf.h": _autoconf(options),
-        "linux/macros.h": _macros(taken),
+        "linux/macros.h": _macros(taken) + _members(program.members, vmlinux),
         "linux/version.h": _VERSION.format(code=_version_code(release)),
         "linux/log2.h": _LOG2,
         "asm/page.h": _PAGE.format(shift=page_size.bit_length() - 1),
@@ -336,8 +411,20 @@ def files(
 def _macros(taken: Container[str]) -> str:
     lines = [line for line in MACROS.splitlines() if _MACRO.findall(line)[0] not in taken]
     helpers = (("BPF_FUNC_" + name, number) for number, name in enumerate(HELPERS.split(), 1))
-    lines += [f"#define {name} {number}" for name, number in helpers if name not in taken]
+    numbers = ((name, number) for name, number in vars(errno).items() if name.startswith("E"))
+    signals = ((signal.name, signal.value) for signal in Signals if signal < _SIGRTMIN)
+    lines += [
+        f"#define {name} {number}" for name, number in (*helpers, *numbers, *signals) if name not in taken
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _members(used: Iterable[str], vmlinux: str) -> str:
+    names = sorted(name for name in used if not re.search(rf"\b{name}\b", vmlinux))
+    lines = [f"#define {name} {_MEMBERS[name]}\n" for name in names]
+    if found := _DNAME_INLINE_LEN.search(vmlinux):
+        lines.append(f"#define DNAME_INLINE_LEN {found[1] or found[2]}\n")
+    return "".join(lines)
 
 
 def _autoconf(options: Iterable[tuple[str, str]]) -> str:

@@ -86,7 +86,8 @@ async def test_errors_of_the_text() -> None:
     assert message.startswith("BCC refused the program:\n  main.c:1:")
     assert "error: use of undeclared identifier 'nothing'" in message
     assert "nowhere'" not in message
-    assert message.endswith("(1 more errors are in the error's `log`)")
+    assert "\n  (1 more errors are in the error's `log`)\n" in message
+    assert message.endswith("define it in the program, or install the kernel's headers)")
     assert caught.value.log.count("error: use of undeclared identifier") == 4
     assert "Unable to find kernel headers" not in message
 

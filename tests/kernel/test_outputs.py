@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 from anyio.to_thread import run_sync
 
-from ebpfstream import BPF, EventTypeError
+from ebpfstream import BPF, U64, Event, EventTypeError
 from tests.kernel import flood
 from tests.kernel.test_loader import GETPPID, make
 
@@ -159,6 +159,11 @@ async def test_everything_that_a_struct_may_hold(output: str) -> None:
     assert [field.name for field in fields(event)] == list(VALUES)
 
 
+@dataclass
+class Alone(Event):
+    value: U64
+
+
 ODD = """
 struct one_t { u32 a; };
 struct two_t { u64 b; };
@@ -219,19 +224,25 @@ async def test_numbers_and_characters_without_a_struct() -> None:
 
 
 async def test_a_type_that_only_a_function_knows() -> None:
-    """It cannot be derived; the program loads all the same, and a class reads it."""
+    """It cannot be derived; the program loads all the same, with the types of its other outputs."""
     text = """
+    struct known_t { u32 a; };
     BPF_PERF_OUTPUT(output);
+    BPF_PERF_OUTPUT(other);
     int hello(void *ctx) {
         struct local_t { u64 value; } data = { 7 };
         struct local_t *pointer = &data;
         output.perf_submit(ctx, pointer, sizeof(data));
+        struct known_t known = {};
+        other.perf_submit(ctx, &known, sizeof(known));
         return 0;
     }
     """
     async with BPF(text=text) as bpf:
         assert bpf.functions == ["hello"]
         with pytest.raises(
-            EventTypeError, match=r"struct local_t \(line 6\) is no type outside of that function"
+            EventTypeError, match=r"struct local_t \(line 8\) is no type outside of that function"
         ):
             bpf.event_type("output")
+        assert bpf.event_type("other").__name__ == "known_t"
+        bpf.events("output", Alone)

@@ -30,7 +30,7 @@ int exec_counted(struct bpf_raw_tracepoint_args *ctx)
 		*count += 1;
 		counters->submitted++;
 	} else {
-		counters->lost++;
+		counters->lost_full++;
 	}
 	return 0;
 }

@@ -89,6 +89,8 @@ static __always_inline bool describe(struct exec_event *event, struct counters *
 		counters->rejected++;
 		return false;
 	}
+	if (!admitted(counters))
+		return false;
 	stamp(event, counters);
 	event->pid = who.pid;
 	event->ppid = who.ppid;
@@ -139,6 +141,8 @@ static __always_inline void finish(void *ctx, struct counters *counters, struct 
 	asm volatile("" : "+r"(size));
 	if (size <= sizeof(*scratch))
 		submit(ctx, counters, event, size);
+	else
+		counters->lost_too_large++;
 }
 
 /* TP_PROTO(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm), include/trace/events/sched.h */
@@ -228,11 +232,13 @@ static __always_inline u64 read_argv(struct exec_event *event, char *to, const c
 			break;
 		asm volatile("%0 &= 16383" : "+r"(length)); /* for the verifier */
 		long count = bpf_probe_read_user_str(to + length, ARG_CHUNK, from);
-		if (count <= 0) {
+		if (count < 0) {
 			event->args_unreadable = 1;
 			event->args_truncated = 0;
 			break;
 		}
+		if (!count) /* Linux 6.1's answer to an empty string (strncpy_from_user_nofault(), mm/maccess.c) */
+			count = 1;
 		count &= 2 * ARG_CHUNK - 1;
 		if (count == ARG_CHUNK) { /* it may go on: the NUL is ours */
 			from += ARG_CHUNK - 1;
@@ -273,7 +279,7 @@ static __always_inline int failed(struct exit_record *ctx, u32 program, bool exe
 	}
 	u64 filename_length = 0;
 	long count = bpf_probe_read_user_str(scratch->tail, FILENAME_ROOM, (void *)path);
-	event->by_descriptor = (s32)directory != AT_FDCWD && count > 0 && scratch->tail[0] != '/';
+	event->by_descriptor = (s32)directory != AT_FDCWD && count >= 0 && scratch->tail[0] != '/';
 	LENGTH_WITHOUT_NUL(filename_length, count, 4095);
 	u64 args_length = read_argv(event, scratch->tail + filename_length, (const char **)argv);
 	event->args_size = args_length;

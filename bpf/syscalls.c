@@ -59,6 +59,8 @@ int entered(struct bpf_raw_tracepoint_args *ctx)
 	struct syscall_event event;
 	if (!counters || !describe(&event, counters, ctx))
 		return 0;
+	if (!admitted(counters))
+		return 0;
 	event.program = ENTERED;
 	stamp(&event, counters);
 	submit(ctx, counters, &event, sizeof(event));
@@ -79,7 +81,8 @@ int remembered(struct bpf_raw_tracepoint_args *ctx)
 	u64 task = bpf_get_current_task();
 	if (bpf_map_update_elem(MAP(PENDING), &task, &event, BPF_ANY)) {
 		counters->tried++;
-		counters->lost++;
+		counters->sequence++;
+		counters->lost_full++;
 	}
 	return 0;
 }
@@ -94,6 +97,10 @@ static __always_inline void finish(struct bpf_raw_tracepoint_args *ctx, u32 prog
 	struct counters *counters = counters_of(program);
 	if (!counters)
 		return;
+	if (!admitted(counters)) {
+		bpf_map_delete_elem(MAP(PENDING), &task);
+		return;
+	}
 	u64 began = event->monotonic;
 	stamp(event, counters);
 	u64 duration = event->monotonic - began;

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
         LoadError as LoadError,
     )
     from ebpfstream.errors import (
+        LostError as LostError,
+    )
+    from ebpfstream.errors import (
         MapError as MapError,
     )
     from ebpfstream.errors import (
@@ -113,6 +116,7 @@ if TYPE_CHECKING:
     from ebpfstream.kernel.tracepipe import TraceLine as TraceLine
     from ebpfstream.loader import BPF as BPF
     from ebpfstream.lost import Lost as Lost
+    from ebpfstream.readymade import Sampling as Sampling
     from ebpfstream.sink import Sink as Sink
     from ebpfstream.sinks.stdout import StdoutSink as StdoutSink
     from ebpfstream.statistics import Statistics as Statistics
@@ -150,6 +154,7 @@ _HOMES = {
         "EbpfStreamError",
         "EventTypeError",
         "LoadError",
+        "LostError",
         "MapError",
         "MapIndexError",
         "NotOpenError",
@@ -181,6 +186,7 @@ _HOMES = {
     "kernel.tracepipe": ("TraceLine",),
     "loader": ("BPF",),
     "lost": ("Lost",),
+    "readymade": ("Sampling",),
     "sink": ("Sink",),
     "sinks.stdout": ("StdoutSink",),
     "statistics": ("Statistics",),

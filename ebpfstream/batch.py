@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from ebpfstream import columns
-from ebpfstream.codec import codec
+from ebpfstream.codec import codec, encode_lost
 from ebpfstream.errors import DecodeError
 from ebpfstream.events import E_co
+from ebpfstream.lost import Lost
 from ebpfstream.records import Records
 
 if TYPE_CHECKING:
@@ -28,17 +29,27 @@ class EventBatch(Generic[E_co]):
 
     Iterating makes the events, each time anew; `to_json_lines()` does without them.  The batch owns
     its bytes: it may be kept, and sent elsewhere, for as long as one likes.
+
+    Of a stream with `on_lost="yield"` the batch has in `lost` what is missing before and among its
+    events; iterating yields that first, and JSON begins with it.  The last batch may be nothing else.
     """
 
-    __slots__ = ("event_type", "records", "wall_clock_offset")
+    __slots__ = ("event_type", "lost", "records", "wall_clock_offset")
 
-    def __init__(self, event_type: type[E_co], records: Records, wall_clock_offset: int = 0) -> None:
+    def __init__(
+        self,
+        event_type: type[E_co],
+        records: Records,
+        wall_clock_offset: int = 0,
+        lost: tuple[Lost, ...] = (),
+    ) -> None:
         self.event_type = event_type
         self.records = records
         self.wall_clock_offset = wall_clock_offset
+        self.lost = lost
 
     def __len__(self) -> int:
-        """How many events."""
+        """How many events; what is lost does not count."""
         return sum(run[3] for run in self.records.runs)
 
     def __repr__(self) -> str:
@@ -51,6 +62,7 @@ class EventBatch(Generic[E_co]):
 
     def __iter__(self) -> Iterator[E_co]:
         """The events, in order.  Raises DecodeError at a record that the type does not fit."""
+        yield from cast("tuple[E_co, ...]", self.lost)  # the stream's type says that it may hold such
         for chunk in self.decode():
             if isinstance(chunk, DecodeError):
                 raise chunk
@@ -64,9 +76,13 @@ class EventBatch(Generic[E_co]):
         """Each event as a JSON object on a line of its own, fields in the order of the class.
 
         Text is as in the events, and only printable characters stand for themselves; times are
-        RFC 3339, UTC.  Raises DecodeError.
+        RFC 3339, UTC.  What is lost stands before the events, a line each: `{"lost":{"cpu":0,"count":3,…}}`.
+        Raises DecodeError.
         """
-        return codec(self.event_type).encode(self.records, self.wall_clock_offset)
+        lines = codec(self.event_type).encode(self.records, self.wall_clock_offset)
+        if not self.lost:
+            return lines
+        return encode_lost(self.lost) + lines
 
     def to_numpy(self) -> numpy.ndarray[Any, Any]:
         """The events as a structured array of one dimension, for types without tails.
@@ -83,4 +99,5 @@ class EventBatch(Generic[E_co]):
         start, stop, step = part.indices(len(self))
         if step != 1:
             raise ValueError("a batch can be cut into pieces, not thinned: use a slice without a step")
-        return EventBatch(self.event_type, self.records.cut(start, stop), self.wall_clock_offset)
+        lost = () if start else self.lost  # it stands before the first
+        return EventBatch(self.event_type, self.records.cut(start, stop), self.wall_clock_offset, lost)

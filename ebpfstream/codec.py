@@ -7,7 +7,7 @@ as text and compiled once: records → events, and records → JSON lines withou
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import accumulate
@@ -30,6 +30,7 @@ from ebpfstream.events import (
     WallClock,
     layout,
 )
+from ebpfstream.lost import Lost
 from ebpfstream.records import Records
 from ebpfstream.unpacking import RecordStructs, struct_format
 
@@ -74,6 +75,8 @@ def _generate(event_type: type[Any]) -> Codec:
     names: dict[str, Any] = {
         "Event": event_type,
         "SIZE": plan.size,
+        "SHORTEST": _shortest(event_type, plan),
+        "lengthened": partial(_lengthened, plan.size),
         "CHUNK": _CHUNK,
         "LINES": _LINES,
         "new": object.__new__,
@@ -99,6 +102,23 @@ def _generate(event_type: type[Any]) -> Codec:
             names[_function_of(name)] = kind.unpack
     exec(compile(source, f"<codec of {event_type.__name__}>", "exec"), names)  # noqa: S102  # our own text
     return Codec(names["decode"], names["encode"], source)
+
+
+def _shortest(event_type: type[Any], plan: Layout) -> int:
+    """Programs of others may submit a char array at the end only as far as it is filled."""
+    last = plan.members[-1]
+    return last.offset if event_type.__layout__ is not None and isinstance(last.kind, Char) else plan.size
+
+
+def _lengthened(length: int, records: Records, position: int, stride: int, size: int, count: int) -> Records:
+    """Records that end within their last array, with zeros up to its end."""
+    prefix = records.prefix
+    samples = (
+        records.data[start + prefix : start + prefix + size].ljust(length, b"\0")
+        for start in range(position, position + stride * count, stride)
+    )
+    data = b"".join(bytes(prefix) + sample for sample in samples)
+    return Records(data, prefix, [(0, prefix + length, length, count)])
 
 
 def _must_be_called(event_type: type[Any]) -> bool:
@@ -128,6 +148,9 @@ class _Writer:
                 "def decode(records, offset):",
                 "    data = memoryview(records.data)",
                 "    for position, stride, size, count in records.runs:",
+                "        if SHORTEST <= size < SIZE:",
+                "            yield from decode(lengthened(records, position, stride, size, count), offset)",
+                "            continue",
                 "        if not SIZE <= size <= SIZE + records.padding:",
                 "            for _ in range(count):",
                 "                yield misfit(size)",
@@ -167,6 +190,9 @@ class _Writer:
                 "    data = records.data",
                 "    lines = []",
                 "    for position, stride, size, count in records.runs:",
+                "        if SHORTEST <= size < SIZE:",
+                "            lines.append(encode(lengthened(records, position, stride, size, count), offset))",
+                "            continue",
                 "        if not SIZE <= size <= SIZE + records.padding:",
                 "            raise misfit(size)",
                 "        for first in range(0, count, LINES):",
@@ -384,6 +410,12 @@ _seconds = _Seconds()
 def _rfc3339(nanoseconds: int) -> bytes:
     second, rest = divmod(nanoseconds, 1_000_000_000)
     return b'"%b.%06dZ"' % (_seconds[second], rest // 1000)
+
+
+def encode_lost(lost: Iterable[Lost]) -> bytes:
+    """Losses as JSON lines, of a form that no event has."""
+    option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z
+    return b"".join(orjson.dumps({"lost": one}, option=option) for one in lost)
 
 
 def misfit(event_type: type[Any], size: int) -> DecodeError:

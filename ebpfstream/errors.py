@@ -4,6 +4,13 @@ All errors derive from `EbpfStreamError`; those that a caller brought about by a
 `ValueError`s as well, those that the kernel refused for lack of rights are `PermissionError`s.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ebpfstream.lost import Lost
+
 
 class EbpfStreamError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -77,6 +84,17 @@ class NotOpenError(EbpfStreamError):
 
 class StreamClosedError(EbpfStreamError):
     """The stream was closed before this call."""
+
+
+class LostError(EbpfStreamError):
+    """Events were lost, and the stream was asked to raise that; the next call goes on after them.
+
+    `lost` says how many, where and when: a tuple of Lost.
+    """
+
+    def __init__(self, message: str, lost: tuple[Lost, ...] = ()) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 class StreamBusyError(EbpfStreamError):

@@ -22,6 +22,7 @@ from struct import Struct
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, TypeVar, get_args, get_type_hints
 
 from ebpfstream.errors import EventTypeError
+from ebpfstream.lost import Lost
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class Event:
     """Set where the layout is not that of the fields' annotations: in types that are made of C."""
 
 
-E_co = TypeVar("E_co", bound=Event, covariant=True)
+E = TypeVar("E", bound=Event)
+E_co = TypeVar("E_co", bound=Event | Lost, covariant=True)
+"""What a stream yields: events, and with `on_lost="yield"` what it knows of those that were lost."""
 
 LENGTH_SUFFIX: Final = "_length"
 

@@ -52,9 +52,10 @@ class UserPrograms:
 
     def close(self) -> None:
         """Detach all, and give them up."""
-        self.detach()
-        for program in self._loaded.values():
-            program.close()
+        with self._lock:
+            self.detach()
+            for program in self._loaded.values():
+                program.close()
 
     def tail_calls(self, name: str, functions: Mapping[int, str]) -> None:
         """What `BPF.tail_calls` does."""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
-from typing import Final, NamedTuple
-
-from anyio.to_thread import run_sync
+from typing import Final, Literal, NamedTuple, TypedDict
 
 from ebpfstream.errors import ArgumentError
 from ebpfstream.events import Event, c_struct
 from ebpfstream.filters import SIZE as FILTERS_SIZE
 from ebpfstream.filters import Filters
 from ebpfstream.kernel import buffers, compiler
-from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, map_numbers
+from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, map_numbers, possible_cpu_list
 from ebpfstream.kernel.buffers import Buffer, Kind
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Hook, Link, program_type
+from ebpfstream.kernel.perfbuf import PerfBuffer
+from ebpfstream.losses import Gaps
+from ebpfstream.lost import Lost
+from ebpfstream.records import Records
+from ebpfstream.turns import in_thread
 
 BPF_FOLDER: Final = Path(__file__).parent / "bpf"
 CALLS: Final = 1024
@@ -26,9 +30,11 @@ CALLS: Final = 1024
 
 # The first of the numbers by which the texts know their maps; far from those that BCC gives to its own.
 _FIRST_NUMBER: Final = 0x5EB0000
-_USUAL_MAPS: Final = ("OUTPUT", "COUNTERS", "SCRATCH", "FILTERS", "CALLS")  # in bpf/*.h
+_USUAL_MAPS: Final = ("OUTPUT", "COUNTERS", "SCRATCH", "FILTERS", "CONTROL", "CALLS")  # in bpf/*.h
 _SCRATCH_SIZE: Final = 32768  # SCRATCH_SIZE in ebpfstream.h
-_COUNTERS_LAYOUT: Final = struct.Struct("<QQQQ")  # struct counters in ebpfstream.h
+_COUNTERS_LAYOUT: Final = struct.Struct("<9QIII4x")  # struct counters in ebpfstream.h
+_SEQUENCE, _ERROR = 8, 9  # in there
+_CONTROL_LAYOUT: Final = struct.Struct("<IIQQQ")  # struct control in ebpfstream.h
 
 
 class Counters(NamedTuple):
@@ -36,9 +42,60 @@ class Counters(NamedTuple):
 
     rejected: int | None = 0
     tried: int | None = 0
+    skipped: int | None = 0
     submitted: int | None = 0
     lost: int | None = 0
+    lost_full: int | None = 0
+    lost_too_large: int | None = 0
+    lost_no_buffer: int | None = 0
+    lost_otherwise: int | None = 0
+    lost_errno: int = 0
     misses: int | None = 0
+
+
+class Sampling(NamedTuple):
+    """One event in `one_in` is kept from when `high` of the buffer is filled until only `low` is; both 0 to 1."""
+
+    one_in: int = 10
+    high: float = 0.5
+    low: float = 0.125
+
+    def check(self) -> None:
+        """Raise ArgumentError for what cannot be."""
+        if not (2 <= self.one_in < 1 << 32 and 0 <= self.low < self.high <= 1):
+            raise ArgumentError(f"{self} is impossible: one_in is 2 or more, and 0 <= low < high <= 1")
+
+
+Overload = Literal["lose", "sample"] | Sampling
+"""What becomes of events while the buffer is filling up."""
+
+
+def sampling_of(overload: Overload) -> Sampling | None:
+    """The sampling that is meant.  Raises ArgumentError."""
+    if overload == "lose":
+        return None
+    sampling = Sampling() if overload == "sample" else overload
+    if not isinstance(sampling, Sampling):
+        raise ArgumentError(f'overload={overload!r} is unknown: give "lose", "sample" or Sampling(…)')
+    sampling.check()
+    return sampling
+
+
+class Options(TypedDict, total=False):
+    """What all ready-made streams can be told."""
+
+    pid: int | None
+    ppid: int | None
+    uid: int | None
+    gid: int | None
+    comm: str | None
+    cgroup: str | None
+    exclude_self: bool
+    buffer: Kind
+    buffer_size: int
+    max_delay: float
+    overload: Overload
+    latency: float
 
 
 class MapSpec(NamedTuple):
@@ -78,6 +135,7 @@ class Programs:
         self._owned = ExitStack()
         self._maps: dict[str, Map] = {}
         self._counters: Map | None = None
+        self._paused = False
         self._programs: list[Program] = []
         self._links: list[Link] = []
 
@@ -96,6 +154,8 @@ class Programs:
         )
         self._make("FILTERS", MapSpec(MapType.HASH, 4, FILTERS_SIZE, 1))
         self.set_filters(self._filters)
+        self._make("CONTROL", MapSpec(MapType.ARRAY, 4, _CONTROL_LAYOUT.size, 1))
+        self._control()
         numbers = {name: _FIRST_NUMBER + index for index, name in enumerate([*_USUAL_MAPS, *self._specs])}
         flags = [
             f"-I{BPF_FOLDER}",
@@ -105,7 +165,7 @@ class Programs:
         ]
         module = await compiler.compile(declarations + self._path.read_text(), flags)
         # Verifying takes the kernel some 100 ms, in which other tasks want to run.
-        await run_sync(self._load, module, numbers)
+        await in_thread(self._load, module, numbers)
 
     def _make(self, name: str, spec: MapSpec) -> Map:
         kind, key_size, value_size, max_entries = spec
@@ -159,6 +219,16 @@ class Programs:
             self._maps["FILTERS"].update(bytes(4), packed)
         self._filters = filters
 
+    def pause(self, paused: bool) -> None:
+        """Let the programs skip, and count, every event; or no longer."""
+        self._paused = paused
+        self._control()
+
+    def _control(self, one_in: int = 1, high: int = 0, low: int = 0, fill: int = 0) -> None:
+        if "CONTROL" in self._maps:
+            value = _CONTROL_LAYOUT.pack(self._paused, one_in, high, low, fill)
+            self._maps["CONTROL"].update(bytes(4), value)
+
     def detach(self) -> None:
         """Let no further run of the programs begin; those that are running may still submit."""
         for link in self._links:
@@ -168,15 +238,30 @@ class Programs:
         """What the programs counted so far; exact once none of them runs any more."""
         if self._counters is None:
             return Counters()
-        totals = [0] * 4
-        for index in range(self._counters.max_entries):
-            values = self._counters.lookup(struct.pack("<I", index)) or b""
-            for on_cpu in _COUNTERS_LAYOUT.iter_unpack(values):
-                totals = [total + count for total, count in zip(totals, on_cpu, strict=True)]
+        totals = [0] * 8
+        error = 0
+        for _, values in self._each_counters():
+            totals = [total + count for total, count in zip(totals, values, strict=False)]
+            error = values[_ERROR] or error
         misses = [program.recursion_misses() for program in self._programs]
         known = [count for count in misses if count is not None]
-        rejected, tried, submitted, lost = totals
-        return Counters(rejected, tried, submitted, lost, sum(known) if len(known) == len(misses) else None)
+        counts, lost = totals[:4], totals[4:]
+        missed = sum(known) if len(known) == len(misses) else None
+        return Counters._make((*counts, sum(lost), *lost, error, missed))
+
+    def numbers(self) -> dict[tuple[int, int], int]:
+        """The number that the next event would have, for each CPU and program."""
+        return {key: values[_SEQUENCE] for key, values in self._each_counters()}
+
+    def _each_counters(self) -> Iterator[tuple[tuple[int, int], tuple[int, ...]]]:
+        """The counters of each CPU and program."""
+        if self._counters is not None:
+            for program in range(self._counters.max_entries):
+                values = self._counters.lookup(struct.pack("<I", program)) or b""
+                for cpu, counters in zip(
+                    possible_cpu_list(), _COUNTERS_LAYOUT.iter_unpack(values), strict=True
+                ):
+                    yield (cpu, program), counters
 
     def close(self) -> None:
         """Give everything back to the kernel, attached or not."""
@@ -205,6 +290,7 @@ class ReadyMade(Programs):
         buffer: Kind = "auto",
         buffer_size: int = buffers.SIZE,
         max_delay: float = 0,
+        overload: Overload = "lose",
     ) -> None:
         super().__init__(path, hooks, cflags=cflags, filters=filters, maps=maps, calls=calls)
         buffers.check(buffer, buffer_size)
@@ -212,6 +298,9 @@ class ReadyMade(Programs):
             raise ArgumentError(f"max_delay={max_delay!r} is impossible: give seconds, 0 or more")
         self._event_type = event_type
         self._wanted = (buffer, buffer_size, max_delay)
+        self._sampling = sampling_of(overload)
+        self._opened: Buffer | None = None
+        self._gaps: Gaps | None = None
 
     async def open(self) -> Buffer:
         """Compile, load and attach; from its return on, every event is in the buffer or counted."""
@@ -219,12 +308,33 @@ class ReadyMade(Programs):
             # The maps first: they tell at once whether this process may do any of it.
             buffer = buffers.create(*self._wanted)
             self._owned.callback(buffer.close)
+            self._opened = buffer
             flags = ["-DPERF_BUFFER"] if buffer.map.type is MapType.PERF_EVENT_ARRAY else []
             await self._attach(c_struct(self._event_type), {"OUTPUT": buffer.map}, flags)
         except BaseException:
             self.close()
             raise
         return buffer
+
+    def _control(self, one_in: int = 1, high: int = 0, low: int = 0, fill: int = 0) -> None:
+        if self._opened is not None and self._sampling is not None and "CONTROL" in self._maps:
+            filled, room = self._opened.fill()
+            one_in, high, low = self._sampling.one_in, *(round(part * room) for part in self._sampling[1:])
+            fill = filled
+        super()._control(one_in, high, low, fill)
+
+    def losses(self, records: Records | None, time: datetime) -> tuple[Lost, ...]:
+        """What is missing before and among these, or with None, at the end of all."""
+        if self._gaps is None:
+            self._gaps = Gaps(self._event_type)
+        if records is not None:
+            return self._gaps.find(records, time)
+        return self._gaps.rest(self.numbers(), time)
+
+    def drained(self) -> None:
+        """Tell the programs of a perf buffer how full it is; those of a ring buffer see that for themselves."""
+        if self._sampling is not None and isinstance(self._opened, PerfBuffer):
+            self._control()
 
     def stop(self) -> None:
         """The same as `detach`: what the programs submit is for this stream alone."""

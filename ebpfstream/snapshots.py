@@ -10,12 +10,11 @@ from typing import Self
 import anyio
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
-from anyio.to_thread import run_sync
 
 from ebpfstream.errors import ArgumentError
 from ebpfstream.kernel.mapvalues import Snapshot as Snapshot
 from ebpfstream.kernel.typedmap import TypedMap
-from ebpfstream.turns import Turn
+from ebpfstream.turns import Turn, in_thread
 
 
 class Ticks:
@@ -123,7 +122,7 @@ class Snapshots:
     async def _start(self) -> None:
         if not self._started:
             if self._on_start is not None:
-                await run_sync(self._on_start)
+                await in_thread(self._on_start)
             self._started = True
             self._ticks.start()
 

@@ -12,7 +12,8 @@ class Statistics:
     While the stream runs the figures are read one after the other and may be apart by what happened
     in between.  Once it is closed they balance exactly:
 
-        tried == submitted + lost
+        tried == submitted + lost + skipped
+        lost == lost_full + lost_too_large + lost_no_buffer + lost_otherwise
         submitted == received
         received == delivered + undecodable + unread
 
@@ -24,10 +25,22 @@ class Statistics:
     """Events that the filters left out, in the kernel; no others are counted below."""
     tried: int | None = 0
     """Events that the program saw; each has a sequence number.  Counted in the kernel."""
+    skipped: int | None = 0
+    """Events that were left out because the stream was paused or sampled.  Counted in the kernel."""
     submitted: int | None = 0
     """Events put into the buffer.  Counted in the kernel."""
     lost: int | None = 0
-    """Events for which the buffer had no room.  Counted in the kernel."""
+    """Events that could not be put into the buffer.  Counted in the kernel."""
+    lost_full: int | None = 0
+    """Of them, those for which there was no room (EAGAIN, ENOSPC)."""
+    lost_too_large: int | None = 0
+    """Those for which there never is (E2BIG)."""
+    lost_no_buffer: int | None = 0
+    """Those on a CPU that had no part of the buffer yet (ENOENT; perf buffer only)."""
+    lost_otherwise: int | None = 0
+    """The rest; the last one's error is in `lost_errno`."""
+    lost_errno: int = 0
+    """The errno of the last one that was lost otherwise; 0 if none was."""
     misses: int | None = 0
     """Runs of the program that the kernel skipped, before it could count them; None where the
     kernel does not tell (before Linux 5.12)."""
@@ -49,11 +62,17 @@ class Statistics:
     """Events delivered after younger ones of other CPUs (perf buffer only)."""
     wakeups: int = 0
     """How often the stream slept until the kernel woke it."""
+    buffer_size: int = 0
+    """Bytes that the kernel's buffer holds, headers included."""
+    buffered: int = 0
+    """Bytes in it now."""
+    buffered_most: int = 0
+    """The most bytes that were found in it when it was drained."""
 
     @property
     def complete(self) -> bool | None:
         """Whether every event that happened has been received: nothing lost, nothing skipped; None if unknown."""
-        if self.lost or self.misses:
+        if self.lost or self.skipped or self.misses:
             return False
         return None if self.lost is None or self.misses is None else True
 
@@ -63,6 +82,7 @@ class Statistics:
             line += f"; {self.received} received, {'unknown' if self.lost is None else self.lost} lost"
         else:
             line += f"; {self.tried} tried = {self.submitted} submitted + {self.lost} lost"
+            line += f" + {self.skipped} skipped" if self.skipped else ""
         for count, name in (
             (self.undecodable, "undecodable"),
             (self.unread, "unread"),

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from operator import length_hint
 from types import TracebackType
-from typing import Final, Generic, Protocol, Self
+from typing import Final, Generic, Literal, Protocol, Self, cast, get_args
 
 import anyio
-from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
 from ebpfstream.batch import EventBatch, wall_clock_offset
-from ebpfstream.errors import ArgumentError, DecodeError
+from ebpfstream.errors import ArgumentError, DecodeError, LostError
 from ebpfstream.events import E_co
 from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import wait_for_running_programs
 from ebpfstream.kernel.buffers import Buffer
+from ebpfstream.lost import Lost
 from ebpfstream.readymade import Counters
+from ebpfstream.records import Records
 from ebpfstream.statistics import Statistics
-from ebpfstream.turns import Turn
+from ebpfstream.turns import Turn, to_the_end
 
 LATENCY: Final = 0.001
 """Seconds that events may gather after a wakeup, unless told otherwise."""
 
+OnLost = Literal["count", "yield", "raise"]
+
+_NONE: Final = Records(b"", 0, [])
 _BATCH_BYTES: Final = 1 << 18
 _MUCH_BYTES: Final = 1 << 16  # so many in the buffer need not gather any more
 # A record at the head that stays unfinished makes the descriptor readable for as long.
@@ -53,6 +58,15 @@ class Source(Protocol):
     def set_filters(self, filters: Filters) -> None:
         """Let the programs leave out what does not meet these."""
 
+    def pause(self, paused: bool) -> None:
+        """Let the programs skip everything, or no longer."""
+
+    def drained(self) -> None:
+        """Something has been taken out of the buffer, or was to be."""
+
+    def losses(self, records: Records | None, time: datetime) -> tuple[Lost, ...]:
+        """What is missing before and among these records; of None, at the end of all."""
+
     def close(self) -> None:
         """Give everything back to the kernel."""
 
@@ -72,15 +86,29 @@ class EventStream(Generic[E_co]):
     iterated again.  Nothing is read ahead beyond one batch: while nobody asks, events wait in the
     kernel's buffer, and when that is full they are lost, and counted.
 
+    `on_lost` says what else becomes of losses.  "count": nothing.  "yield": they are in the stream, as
+    Lost, gathered to one for each batch and CPU, before the batch's events; all of them add up to
+    `statistics().lost`.  "raise": they are raised as LostError, and the next call goes on.
+
     Works on asyncio (uvloop too) and trio.
     """
 
-    def __init__(self, source: Source, event_type: type[E_co], *, latency: float = LATENCY) -> None:
+    def __init__(
+        self,
+        source: Source,
+        event_type: type[E_co],
+        *,
+        latency: float = LATENCY,
+        on_lost: OnLost = "count",
+    ) -> None:
         if not latency >= 0:
             raise ArgumentError(f"latency={latency!r} is impossible: give seconds, 0 or more")
+        if on_lost not in get_args(OnLost):
+            raise ArgumentError(f'on_lost={on_lost!r} is unknown: give "count", "yield" or "raise"')
         self._source = source
         self._event_type = event_type
         self._latency = latency
+        self._on_lost = on_lost
         self._buffer = source.buffer
         self._started = False
         self._behind = False  # the last drain left much, or stopped at its limit
@@ -91,11 +119,13 @@ class EventStream(Generic[E_co]):
         self._batch: EventBatch[E_co] | None = None
         self._chunk: Iterator[E_co] = iter(())
         self._chunks: Iterator[list[E_co] | DecodeError] = iter(())
+        self._lost: list[Lost] = []  # to be yielded before them
         self._received = 0
         self._handed = 0  # events of all lists that were begun
         self._undecodable = 0
         self._bytes = self._batches = self._wakeups = 0
         self._late = 0
+        self._buffered_most = self._buffer_size = 0
         self._final: Counters | None = None
 
     async def __aenter__(self) -> Self:
@@ -117,8 +147,9 @@ class EventStream(Generic[E_co]):
     async def __anext__(self) -> E_co:
         """The next event.
 
-        Raises DecodeError for a record that the type does not fit (the next call goes on after it),
-        StreamClosedError, StreamBusyError; at the first call all that opening may raise.
+        Raises DecodeError for a record that the type does not fit, and LostError if that was asked for (the
+        next call goes on after either), StreamClosedError, StreamBusyError; at the first call all that
+        opening may raise.
         """
         for event in self._chunk:
             return event
@@ -126,6 +157,8 @@ class EventStream(Generic[E_co]):
 
     async def _first_of_next_chunk(self) -> E_co:
         while True:
+            if self._lost:
+                return cast("E_co", self._lost.pop(0))  # the stream's type says that it may
             for chunk in self._chunks:
                 if isinstance(chunk, DecodeError):
                     self._undecodable += 1
@@ -136,8 +169,12 @@ class EventStream(Generic[E_co]):
             batch = await self._next_batch()
             if batch is None:
                 raise StopAsyncIteration
-            self._batch = batch
-            self._chunks = batch.decode()
+            self._take_up(batch)
+
+    def _take_up(self, batch: EventBatch[E_co]) -> None:
+        self._batch = batch
+        self._chunks = batch.decode()
+        self._lost = list(batch.lost)
 
     def batches(self) -> Batches[E_co]:
         """The same stream a batch at a time: cheaper by far, above all with `to_json_lines()`.
@@ -154,21 +191,22 @@ class EventStream(Generic[E_co]):
         part = batch[:most]
         self._handed += len(part)
         if len(part) < len(batch):
-            self._batch, self._chunks = batch, batch[most:].decode()
+            self._take_up(batch[len(part) :])
         return part
 
     def _rest_in_hand(self) -> EventBatch[E_co] | None:
         rest = self._received - self._delivered - self._undecodable
-        if self._batch is None or not rest:
+        if self._batch is None or not (rest or self._lost):
             return None
         batch = self._batch[len(self._batch) - rest :]
+        batch.lost = tuple(self._lost)
         self._put_down()
         return batch
 
     def _put_down(self) -> None:
         """Have nothing in hand any more."""
         self._handed -= length_hint(self._chunk)
-        self._chunk, self._chunks, self._batch = iter(()), iter(()), None
+        self._chunk, self._chunks, self._batch, self._lost = iter(()), iter(()), None, []
 
     @property
     def _delivered(self) -> int:
@@ -184,18 +222,33 @@ class EventStream(Generic[E_co]):
                     if buffer is None:
                         return None
                     if not await self._gathered(buffer):
-                        return None
+                        return self._told(EventBatch(self._event_type, _NONE, 0, self._losses(None)))
+                    self._buffered_most = max(self._buffered_most, buffer.pending())
                     records = buffer.drain(_BATCH_BYTES)
+                    self._source.drained()
                     if records is None:
                         if buffer.pending():
                             await anyio.sleep(_UNFINISHED_PAUSE)
                         continue
-                    batch = EventBatch(self._event_type, records, wall_clock_offset())
-                    self._account(batch)
-                    self._behind = batch.nbytes >= _BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
-                    if batch:
+                    self._behind = len(records.data) >= _BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
+                    lost = self._losses(records)
+                    batch = self._told(EventBatch(self._event_type, records, wall_clock_offset(), lost))
+                    if batch is not None:
                         return batch
                 self._turn.check_open()
+
+    def _losses(self, records: Records | None) -> tuple[Lost, ...]:
+        return () if self._on_lost == "count" else self._source.losses(records, datetime.now(UTC))
+
+    def _told(self, batch: EventBatch[E_co]) -> EventBatch[E_co] | None:
+        """The batch, accounted for; None if there is nothing in it.  Raises LostError, the batch in hand."""
+        self._account(batch)
+        if batch.lost and self._on_lost == "raise":
+            lost, batch.lost = batch.lost, ()
+            self._take_up(batch)
+            count = sum(one.count or 0 for one in lost)
+            raise LostError(f"{count} events were lost; the stream goes on after them", lost)
+        return batch if batch or batch.lost else None
 
     async def _gathered(self, buffer: Buffer) -> bool:
         """Wait for events, and a little longer for more of them; False when none can come."""
@@ -218,7 +271,7 @@ class EventStream(Generic[E_co]):
     def _account(self, batch: EventBatch[E_co]) -> None:
         self._received += len(batch)
         self._bytes += sum(stride * count for _, stride, _, count in batch.records.runs)
-        self._batches += 1
+        self._batches += bool(batch.records.data)
 
     async def _opened(self) -> Buffer:
         if self._buffer is None or not self._started:
@@ -234,8 +287,14 @@ class EventStream(Generic[E_co]):
         return Statistics(
             rejected=counters.rejected,
             tried=counters.tried,
+            skipped=counters.skipped,
             submitted=counters.submitted,
             lost=counters.lost,
+            lost_full=counters.lost_full,
+            lost_too_large=counters.lost_too_large,
+            lost_no_buffer=counters.lost_no_buffer,
+            lost_otherwise=counters.lost_otherwise,
+            lost_errno=counters.lost_errno,
             misses=counters.misses,
             received=self._received,
             delivered=self._delivered,
@@ -245,6 +304,9 @@ class EventStream(Generic[E_co]):
             batches=self._batches,
             wakeups=self._wakeups,
             late=self._late if self._buffer is None else self._buffer.late,
+            buffer_size=self._buffer_size if self._buffer is None else self._buffer.size,
+            buffered=0 if self._buffer is None else self._buffer.pending(),
+            buffered_most=self._buffered_most,
         )
 
     def set_filters(self, filters: Filters) -> None:
@@ -254,6 +316,20 @@ class EventStream(Generic[E_co]):
         """
         self._turn.check_open()
         self._source.set_filters(filters)
+
+    def pause(self) -> None:
+        """Let the programs skip what happens, in the kernel, and count it, until `resume`.
+
+        What has been submitted still comes.  Raises StreamClosedError, UnsupportedError for a program
+        of yours.
+        """
+        self._turn.check_open()
+        self._source.pause(True)
+
+    def resume(self) -> None:
+        """Let the programs submit again.  Raises StreamClosedError, UnsupportedError."""
+        self._turn.check_open()
+        self._source.pause(False)
 
     def detach(self) -> None:
         """Take the programs off their hooks: nothing new happens to this stream from now on.
@@ -278,9 +354,12 @@ class EventStream(Generic[E_co]):
     async def _close(self) -> None:
         if self._turn.closed:
             return
-        with CancelScope(shield=True):
-            async with self._turn.close():
-                self._detached = True
+        await to_the_end(self._closing)
+
+    async def _closing(self) -> None:
+        async with self._turn.close():
+            self._detached = True
+            try:
                 if self._buffer is not None:
                     # In a thread: the kernel waits for grace periods in both.
                     await run_sync(self._source.stop)
@@ -289,19 +368,22 @@ class EventStream(Generic[E_co]):
                     while records := self._buffer.drain(_BATCH_BYTES):
                         self._account(EventBatch(self._event_type, records))
                         await checkpoint()
+            finally:
                 self._put_down()
                 self._release()
 
     def _release(self) -> None:
-        self._final = self._source.counters()
-        if self._buffer is not None:
-            self._late = self._buffer.late
+        try:
+            self._final = self._source.counters()
+            if self._buffer is not None:
+                self._late, self._buffer_size = self._buffer.late, self._buffer.size
+        finally:
             self._buffer = None
-        self._source.close()
+            self._source.close()
 
     def __del__(self) -> None:
         turn = getattr(self, "_turn", None)  # there is none if a wrong argument was given
-        if turn is not None and not turn.closed:
+        if turn is not None and not turn.closed and self._buffer is not None:
             self._release()
 
 

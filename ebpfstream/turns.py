@@ -1,14 +1,52 @@
-"""Who may wait for what an iterator yields next: one task at a time, until it is closed."""
+"""Who may wait for what an iterator yields next, until it is closed; and what nobody may cut short."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CancelScope
+from anyio.lowlevel import checkpoint
+from anyio.to_thread import run_sync
 
 from ebpfstream.errors import StreamBusyError, StreamClosedError
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def to_the_end(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
+    """What the function returns or raises; cancelled meanwhile, it goes on, and that is raised after it.
+
+    A CancelScope with a shield alone does not hold off `task.cancel()`, asyncio's own cancellation, as
+    of `asyncio.timeout` and `asyncio.TaskGroup`: so the function runs in a task that nobody else knows.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    async def run() -> None:
+        with CancelScope(shield=True):
+            try:
+                results.append(await function(*arguments))
+            except BaseException as error:  # raised below, without a group around it
+                errors.append(error)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+        if errors:
+            raise errors.pop()
+        return results.pop()
+    finally:
+        errors.clear()  # their frames refer to this one
+
+
+async def in_thread(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    """The same of a function that takes its time, in a thread; it has returned, or never begins."""
+    await checkpoint()
+    return await to_the_end(run_sync, function, *arguments)
 
 
 class Turn:

@@ -54,7 +54,7 @@ async def test_the_order_of_things_with_two_sinks(hand: Hand) -> None:
         "b [3, 4]",
         "flush a",
         "flush b",
-        "detach",
+        "stop",
         "wait",
         "finish",
         "counters",

@@ -28,7 +28,7 @@ LAYERS = (
     ("events", "turns"),
     ("c_types", "unpacking"),
     ("descriptions",),
-    ("codec",),
+    ("codec", "losses"),
     ("columns",),
     ("batch",),
     ("kernel",),
@@ -214,7 +214,7 @@ def _undocumented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]
         if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         if child.name.startswith("_") or any(
-            isinstance(decorator, ast.Name) and decorator.id == "overload" for decorator in child.decorator_list
+            ast.unparse(decorator).removeprefix("typing.") == "overload" for decorator in child.decorator_list
         ):
             continue
         if not ast.get_docstring(child):

@@ -10,6 +10,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 import anyio
 import pytest
@@ -20,6 +21,7 @@ from ebpfstream.events import U64, Event
 from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import Map
 from ebpfstream.kernel.buffers import Buffer
+from ebpfstream.lost import Lost
 from ebpfstream.readymade import Counters
 from ebpfstream.records import Records
 from ebpfstream.statistics import Statistics
@@ -83,6 +85,18 @@ class Hand:
 
     def set_filters(self, filters: Filters) -> None:
         self._note("set_filters")
+
+    def pause(self, paused: bool) -> None:
+        self._note("pause" if paused else "resume")
+
+    def drained(self) -> None:
+        pass
+
+    def losses(self, records: Records | None, time: datetime) -> tuple[Lost, ...]:
+        return ()
+
+    def fill(self) -> tuple[int, int]:
+        return 0, 0
 
     def detach(self) -> None:
         self._note("detach")

@@ -254,6 +254,8 @@ class Program(Descriptor):
                 break
             size *= 4
         text = log.value.decode(errors="replace").strip()
+        if "unknown func bpf_probe_read" in text and _locked_down():
+            raise privilege_error()  # the helper is taken away (bpf_tracing_func_proto(), kernel/trace/bpf_trace.c)
         raise LoadError(_verifier_message(name, reason, text), text)
 
     def recursion_misses(self) -> int | None:
@@ -293,10 +295,15 @@ def wait_for_running_programs() -> None:
         inner.close()
 
 
-@cache
 def possible_cpus() -> int:
     """How many CPUs this machine may ever have online: the length of a per-CPU value."""
-    return len(cpu_list(Path("/sys/devices/system/cpu/possible").read_text()))
+    return len(possible_cpu_list())
+
+
+@cache
+def possible_cpu_list() -> tuple[int, ...]:
+    """Those CPUs, in the order of a per-CPU value."""
+    return tuple(cpu_list(Path("/sys/devices/system/cpu/possible").read_text()))
 
 
 def online_cpus() -> list[int]:
@@ -357,13 +364,19 @@ def privilege_error() -> PrivilegeError:
         f"the kernel refuses BPF to this process (uid {os.geteuid()}): run it as root, "
         "or give it the capabilities CAP_BPF and CAP_PERFMON"
     )
-    lockdown = Path("/sys/kernel/security/lockdown")
-    try:
-        if "[confidentiality]" in lockdown.read_text():
-            message += "; this kernel is locked down (confidentiality), which forbids reading kernel memory"
-    except OSError:
-        pass
+    if _locked_down():
+        message = (
+            "this kernel is locked down (confidentiality), which forbids BPF programs to read its memory, and all to "
+            "read tracefs: boot it without lockdown=confidentiality (lockdown=integrity allows both)"
+        )
     return PrivilegeError(message)
+
+
+def _locked_down() -> bool:
+    try:
+        return "[confidentiality]" in Path("/sys/kernel/security/lockdown").read_text()
+    except OSError:
+        return False
 
 
 def bpf(command: int, attributes: bytes | ctypes.Array[ctypes.c_char]) -> int:

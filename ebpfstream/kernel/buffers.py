@@ -37,6 +37,9 @@ class Buffer(Protocol):
     def pending(self) -> int:
         """Bytes in it now."""
 
+    def fill(self) -> tuple[int, int]:
+        """Bytes in the part of it that is fullest, and how many have room there."""
+
     def drain(self, limit: int) -> Records | None:
         """Take what is finished, oldest first, about `limit` bytes; None if nothing is."""
 

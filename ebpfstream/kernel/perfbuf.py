@@ -123,6 +123,17 @@ class PerfBuffer:
         """Bytes in the rings now."""
         return sum(ring.pending() for ring in self._rings)
 
+    def fill(self) -> tuple[int, int]:
+        """Bytes in the fullest ring, and how many have room there."""
+        return max((ring.pending() for ring in self._rings), default=0), self._ring_size
+
+    def lost_by_cpu(self) -> dict[int, int]:
+        """What `lost` is made of, of the rings that there are now."""
+        lost: dict[int, int] = {}
+        for ring in self._rings:
+            lost[ring.cpu] = lost.get(ring.cpu, 0) + ring.lost
+        return lost
+
     def drain(self, limit: int) -> Records | None:
         """Take what there is, oldest first: about `limit` bytes, or 64 KiB of each CPU if that is more."""
         self._see_hotplug()

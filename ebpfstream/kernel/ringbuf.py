@@ -90,6 +90,10 @@ class RingBuffer:
         end = self._producer[0] if self._end is None else self._end
         return end - self._consumer[0]
 
+    def fill(self) -> tuple[int, int]:
+        """Bytes in it, and how many have room."""
+        return self.pending(), self._size
+
     def drain(self, limit: int) -> Records | None:
         """Take what is finished, oldest first, up to the record that passes `limit` bytes.
 

@@ -20,16 +20,14 @@ from types import TracebackType
 from typing import Final, Self
 
 import anyio
-from anyio import CancelScope
 from anyio.lowlevel import checkpoint
-from anyio.to_thread import run_sync
 
 from ebpfstream.errors import PrivilegeError, StreamBusyError, UnsupportedError
 from ebpfstream.kernel import tracefs
 from ebpfstream.kernel.bpf import Descriptor
 from ebpfstream.lost import Lost
 from ebpfstream.text import decode, printable
-from ebpfstream.turns import Turn
+from ebpfstream.turns import Turn, in_thread, to_the_end
 
 _READ_BYTES: Final = 1 << 16  # an entry is shorter than the kernel's buffer for it, 8 KiB or a page
 _ENTRIES_AT_ONCE: Final = 64
@@ -225,18 +223,6 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _opened(path: Path | None, on_start: Callable[[], None] | None) -> TracePipe:
-    pipe = TracePipe(path)
-    try:
-        pipe.drain()
-        if on_start is not None:
-            on_start()
-    except BaseException:
-        pipe.close()
-        raise
-    return pipe
-
-
 class TraceStream:
     """Lines of `bpf_trace_printk`, as an asynchronous iterator of TraceLine and Lost.
 
@@ -309,8 +295,24 @@ class TraceStream:
     async def _opened(self) -> TracePipe:
         if self._pipe is None:
             # In a thread: attaching what prints takes the kernel up to some 100 ms.
-            self._pipe = await run_sync(_opened, self._path, self._on_start)
+            try:
+                await in_thread(self._open)
+            except BaseException:
+                self._give_up()
+                raise
+        assert self._pipe is not None
         return self._pipe
+
+    def _open(self) -> None:
+        self._pipe = TracePipe(self._path)
+        self._pipe.drain()
+        if self._on_start is not None:
+            self._on_start()
+
+    def _give_up(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
 
     async def aclose(self) -> None:
         """Close the pipe.
@@ -324,12 +326,12 @@ class TraceStream:
     async def _close(self) -> None:
         if self._turn.closed:
             return
-        with CancelScope(shield=True):
-            async with self._turn.close():
-                self._lines = iter(())
-                if self._pipe is not None:
-                    self._pipe.close()
-                    self._pipe = None
+        await to_the_end(self._closing)
+
+    async def _closing(self) -> None:
+        async with self._turn.close():
+            self._lines = iter(())
+            self._give_up()
 
     def __del__(self) -> None:
         # Not by its own last reference: the thread that opened it may hold another for a moment.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Final, Self
 
-from anyio import CancelScope
 from anyio.to_thread import run_sync
 
 from ebpfstream.c_types import Number
@@ -16,7 +15,7 @@ from ebpfstream.kernel.links import RawTracepoint
 from ebpfstream.kernel.typedmap import TypedMap
 from ebpfstream.readymade import BPF_FOLDER, Counters, MapSpec, Programs
 from ebpfstream.snapshots import Snapshot, Ticks
-from ebpfstream.turns import Turn
+from ebpfstream.turns import Turn, to_the_end
 
 _USERS: Final = 4096
 _COUNTS: Final = "COUNTS"
@@ -133,18 +132,19 @@ class ExecCounts:
     async def _close(self) -> None:
         if self._turn.closed:
             return
-        with CancelScope(shield=True):
-            async with self._turn.close():
-                self._detached = True
+        await to_the_end(self._closing)
+
+    async def _closing(self) -> None:
+        async with self._turn.close():
+            self._detached = True
+            try:
                 if self._table is not None:
                     await run_sync(self._programs.detach)
                     await run_sync(wait_for_running_programs)
-                self._release()
-
-    def _release(self) -> None:
-        self._final = self.read(), self.counters()
-        self._table = None
-        self._programs.close()
+                self._final = self.read(), self.counters()
+            finally:
+                self._table = None
+                self._programs.close()
 
     def __del__(self) -> None:
         programs = getattr(self, "_programs", None)

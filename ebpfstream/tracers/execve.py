@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import typing
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any, Literal, Unpack
 
 from ebpfstream import text
 from ebpfstream.containers import of_cgroup
@@ -13,8 +14,9 @@ from ebpfstream.events import I32, U8, U32, U64, Char, Comm, Computed, Event, Fl
 from ebpfstream.filters import Filters
 from ebpfstream.kernel.buffers import SIZE, Kind
 from ebpfstream.kernel.links import Hook, RawTracepoint, Tracepoint
-from ebpfstream.readymade import BPF_FOLDER, ReadyMade
-from ebpfstream.stream import LATENCY, EventStream
+from ebpfstream.lost import Lost
+from ebpfstream.readymade import BPF_FOLDER, Options, Overload, ReadyMade
+from ebpfstream.stream import LATENCY, EventStream, OnLost
 from ebpfstream.text import command_line
 
 
@@ -94,6 +96,8 @@ class ExecEvent(Event):
     """The CPU it happened on."""
     program: U8
     """Which program saw it: 0 a success, 1 a failed execve, 2 a failed execveat."""
+    weight: U32
+    """1, and how many that sampling or a pause left out before it on this CPU and program."""
     sequence: U64
     """Its number among the events of this stream from this CPU and program, from 0; a gap is a lost event."""
     time: Annotated[datetime, WallClock("monotonic")]
@@ -102,6 +106,14 @@ class ExecEvent(Event):
     """When, in nanoseconds of CLOCK_MONOTONIC (bpf_ktime_get_ns)."""
 
 
+@typing.overload
+def trace_execve(
+    *, failed: bool = ..., on_lost: Literal["yield"], **options: Unpack[Options]
+) -> EventStream[ExecEvent | Lost]: ...
+@typing.overload
+def trace_execve(
+    *, failed: bool = ..., on_lost: Literal["count", "raise"] = ..., **options: Unpack[Options]
+) -> EventStream[ExecEvent]: ...
 def trace_execve(
     *,
     failed: bool = False,
@@ -115,8 +127,10 @@ def trace_execve(
     buffer: Kind = "auto",
     buffer_size: int = SIZE,
     max_delay: float = 0,
+    overload: Overload = "lose",
+    on_lost: OnLost = "count",
     latency: float = LATENCY,
-) -> EventStream[ExecEvent]:
+) -> EventStream[Any]:
     """Every successful execve and execveat on this machine, from any thread and in any container.
 
     With `failed`, those that fail as well, each step of a search along PATH (Linux ≥ 5.15, tracefs;
@@ -132,6 +146,13 @@ def trace_execve(
     ordered by time across CPUs; `max_delay` is how many seconds they wait for older ones that are
     late.  `latency` is how many seconds events may gather after the first one woke the stream: 0
     costs the most CPU.
+
+    `overload` is what becomes of events when the consumer is too slow.  "lose": the buffer fills, and
+    then what happens is lost.  "sample": when half of it is full, one event in ten is kept, in the
+    kernel, until an eighth is; each says in `weight` for how many it stands, and those left out are
+    counted as `skipped`.  `Sampling(one_in, high, low)` is for other figures.  The program looks at a
+    ring buffer's fill for each event; of a perf buffer it is told when the stream drains it.
+    `on_lost` says whether losses are counted only, yielded in their place, or raised: see EventStream.
 
     Nothing is attached until the stream is entered or first iterated; then these may be raised:
     PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8 with BTF or
@@ -155,5 +176,6 @@ def trace_execve(
         buffer=buffer,
         buffer_size=buffer_size,
         max_delay=max_delay,
+        overload=overload,
     )
-    return EventStream(source, ExecEvent, latency=latency)
+    return EventStream(source, ExecEvent, latency=latency, on_lost=on_lost)

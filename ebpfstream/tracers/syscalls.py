@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import struct
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Literal, Unpack
 
 from ebpfstream.errors import ArgumentError
 from ebpfstream.events import (
@@ -27,8 +28,9 @@ from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import MapType
 from ebpfstream.kernel.buffers import SIZE, Kind
 from ebpfstream.kernel.links import Hook, RawTracepoint
-from ebpfstream.readymade import BPF_FOLDER, CALLS, MapSpec, ReadyMade
-from ebpfstream.stream import LATENCY, EventStream
+from ebpfstream.lost import Lost
+from ebpfstream.readymade import BPF_FOLDER, CALLS, MapSpec, Options, Overload, ReadyMade
+from ebpfstream.stream import LATENCY, EventStream, OnLost
 from ebpfstream.syscall_names import MOST_ARGUMENTS, argument_count, name_of, number_of, numbers
 
 # Those that do not come back to where they were called.
@@ -108,6 +110,8 @@ class SyscallEvent(Event):
     """The CPU from which it was submitted: where it began, or with a result, where it returned."""
     program: U8
     """Which program saw it: 0 at its entry, 2 at its return, 3 when its thread ended within it."""
+    weight: U32
+    """1, and how many that sampling or a pause left out before it on this CPU and program."""
     sequence: U64
     """Its number among the events of this stream from this CPU and program, from 0; a gap is a lost event."""
     time: Annotated[datetime, WallClock("monotonic")]
@@ -116,6 +120,22 @@ class SyscallEvent(Event):
     """When it began, in nanoseconds of CLOCK_MONOTONIC (bpf_ktime_get_ns)."""
 
 
+@typing.overload
+def trace_syscalls(
+    *calls: str | int,
+    ignore: Iterable[str | int] = ...,
+    result: bool = ...,
+    on_lost: Literal["yield"],
+    **options: Unpack[Options],
+) -> EventStream[SyscallEvent | Lost]: ...
+@typing.overload
+def trace_syscalls(
+    *calls: str | int,
+    ignore: Iterable[str | int] = ...,
+    result: bool = ...,
+    on_lost: Literal["count", "raise"] = ...,
+    **options: Unpack[Options],
+) -> EventStream[SyscallEvent]: ...
 def trace_syscalls(
     *calls: str | int,
     ignore: Iterable[str | int] = (),
@@ -130,8 +150,10 @@ def trace_syscalls(
     buffer: Kind = "auto",
     buffer_size: int = SIZE,
     max_delay: float = 0,
+    overload: Overload = "lose",
+    on_lost: OnLost = "count",
     latency: float = LATENCY,
-) -> EventStream[SyscallEvent]:
+) -> EventStream[Any]:
     """System calls of this machine, each as an event: those named, or all of them, without those to `ignore`.
 
     Calls are given by their names on this architecture ("openat"), or by their numbers (those from 0 to
@@ -146,7 +168,8 @@ def trace_syscalls(
     Calls of 32-bit programs are left out, as their numbers mean other calls; such a one whose number is
     that of a chosen call is counted as rejected.
 
-    Filters, `buffer`, `buffer_size`, `max_delay` and `latency` are those of `trace_execve`.  Reading the
+    Filters, `buffer`, `buffer_size`, `max_delay`, `overload`, `on_lost` and `latency` are those of
+    `trace_execve`.  Reading the
     stream takes system calls, too: with `exclude_self` those of this process are left out.
 
     Nothing is attached until the stream is entered or first iterated; then these may be raised:
@@ -184,5 +207,6 @@ def trace_syscalls(
         buffer=buffer,
         buffer_size=buffer_size,
         max_delay=max_delay,
+        overload=overload,
     )
-    return EventStream(source, SyscallEvent, latency=latency)
+    return EventStream(source, SyscallEvent, latency=latency, on_lost=on_lost)

@@ -23,6 +23,9 @@ int flood(struct bpf_raw_tracepoint_args *ctx)
 	if (!counters || !scratch)
 		return 0;
 	struct flood_event *event = &scratch->event;
+	if (!admitted(counters))
+		return 0;
+	event->program = 0;
 	stamp(event, counters);
 	u64 length = LENGTH(event->sequence);
 	event->payload_length = length;

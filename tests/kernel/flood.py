@@ -13,7 +13,7 @@ from typing import Annotated, Final
 from ebpfstream.events import U32, U64, Event, Tail
 from ebpfstream.kernel.buffers import Kind
 from ebpfstream.kernel.links import RawTracepoint
-from ebpfstream.readymade import ReadyMade
+from ebpfstream.readymade import Overload, ReadyMade
 
 _FOLDER: Final = Path(__file__).parent
 
@@ -28,6 +28,8 @@ class FloodEvent(Event):
     sequence: U64
     monotonic: U64
     cpu: U32
+    weight: U32
+    program: U32
     payload: Annotated[bytes, Tail()]
 
 
@@ -101,7 +103,13 @@ def producing(cpu: int | None = None) -> Iterator[Producer]:
 
 
 def source(
-    folder: Path, name: str, target: int, buffer_size: int, buffer: Kind = "ring", max_delay: float = 0
+    folder: Path,
+    name: str,
+    target: int,
+    buffer_size: int,
+    buffer: Kind = "ring",
+    max_delay: float = 0,
+    overload: Overload = "lose",
 ) -> ReadyMade:
     """The program `<name>.c` for one producer's calls."""
     text = (_FOLDER / f"{name}.c").read_text()
@@ -114,4 +122,5 @@ def source(
         buffer=buffer,
         buffer_size=buffer_size,
         max_delay=max_delay,
+        overload=overload,
     )

@@ -13,7 +13,7 @@
 	do {                                                                          \
 		u64 *record = bpf_ringbuf_reserve(MAP(OUTPUT), size, 0);              \
 		if (!record) {                                                        \
-			counters->lost++;                                             \
+			counters->lost_full++;                                             \
 			break;                                                        \
 		}                                                                     \
 		record[0] = tag;                                                      \
@@ -51,7 +51,7 @@ int records(struct bpf_raw_tracepoint_args *ctx)
 	case 3: {
 		u64 *record = bpf_ringbuf_reserve(MAP(OUTPUT), 40, 0);
 		if (!record) {
-			counters->lost++;
+			counters->lost_full++;
 			break;
 		}
 		record[0] = ~0ULL;

@@ -133,6 +133,7 @@ async def test_what_the_parent_knows() -> None:
         container_id=None,
         program=0,
         cpu=event.cpu,
+        weight=1,
         sequence=event.sequence,
         time=event.time,
         monotonic=event.monotonic,

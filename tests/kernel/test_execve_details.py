@@ -165,11 +165,13 @@ async def test_working_directories(tmp_path: Path, depth: int) -> None:
     folder = tmp_path.joinpath(*[f"d{number}" for number in range(depth)])
     folder.mkdir(parents=True, exist_ok=True)
     event, _ = await one_exec(TRUE, cwd=folder)
-    if len(folder.parts) - 1 < 40:
+    # From one mount to the one that it is mounted on is a step, too.
+    most = 40 - sum(parent.is_mount() for parent in folder.parents if parent != Path("/"))
+    if len(folder.parts) - 1 < most:
         assert (event.cwd, event.cwd_truncated) == (str(folder), False)
     else:
         assert event.cwd_truncated
-        assert event.cwd == "/" + "/".join(folder.parts[-40:])
+        assert event.cwd == "/" + "/".join(folder.parts[-most:])
 
 
 async def test_working_directories_across_mounts() -> None:

@@ -79,6 +79,9 @@ class _Opened:
         self._buffer = buffer
         self.detach = source.detach
         self.stop = source.stop
+        self.pause = source.pause
+        self.drained = source.drained
+        self.losses = source.losses
         self.counters = source.counters
         self.set_filters = source.set_filters
         self.close = source.close
@@ -141,7 +144,7 @@ async def test_two_cpus_are_merged_by_time(tmp_path: Path) -> None:
                 check(event)
                 assert event.sequence == following[event.cpu]
                 following[event.cpu] += 1
-        assert source.counters()[:4] == (0, 60_000, 60_000, 0)
+        assert source.counters()[:5] == (0, 60_000, 0, 60_000, 0)
         late = buffer.late
         source.close()
     assert following == {0: 30_000, 1: 30_000}

@@ -76,6 +76,7 @@ async def test_exactly_the_calls_that_were_made(caller: Caller, buffer: Kind, re
         ppid=os.getpid(),
         cpu=first.cpu,
         program=2 if result else 0,
+        weight=1,
         sequence=0,
         time=first.time,
         monotonic=first.monotonic,
@@ -324,7 +325,7 @@ async def test_nothing_is_left(caller: Caller) -> None:
     async with trace_syscalls("getppid", result=True, pid=caller.pid) as events:
         for kind in ("link", "prog", "map"):
             held[kind] = objects.held(kind)
-    assert {kind: len(ids) for kind, ids in held.items()} == {"link": 3, "prog": 5, "map": 5}
+    assert {kind: len(ids) for kind, ids in held.items()} == {"link": 3, "prog": 5, "map": 6}
     assert events.statistics().complete
     for kind, ids in held.items():
         assert await run_sync(objects.left, kind, ids) == set()

@@ -89,21 +89,20 @@ def run(command: list[str], folder: Path, *, limit: float, arguments: str = "", 
             folders=shlex.join(folders), path=_BIN, root=shlex.quote(str(ROOT)), command=shlex.join(command)
         )
     )
+    options = ["--disable-kvm", "--force-9p", "--verbose", "--user=root", f"--cpus={cpus}", "--memory=1G"]
+    options += [f"--qemu-opts={_QEMU_OPTIONS}", f"--append=mitigations=off {arguments}"]
     with output.open("w") as out, console.open("w") as err:
-        # timeout(1) ends its whole process group, and does so even when this process is gone.
         process = subprocess.Popen(
+            # timeout(1) ends its whole process group, and does so even when this process is gone.
             [
                 "timeout",
                 "--signal=KILL",
                 str(limit),
                 "vng",
-                "--run",
-                str(kernel),
-                "--disable-kvm",
-                "--force-9p",
-            ]
-            + ["--verbose", "--user=root", f"--cpus={cpus}", "--memory=1G", f"--qemu-opts={_QEMU_OPTIONS}"]
-            + [f"--append=mitigations=off {arguments}", f"--exec=sh {shlex.quote(str(script))}"],
+                f"--run={kernel}",
+                *options,
+                f"--exec=sh {script}",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

@@ -1,13 +1,30 @@
-"""What runs in a virtual machine, and only there."""
+"""For all that runs in a virtual machine, the tests from tests/kernel included."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 
 import pytest
 
-if "EBPFSTREAM_VM" not in os.environ:
-    collect_ignore_glob = ["*"]
+from ebpfstream.kernel import compiler
+from ebpfstream.kernel.compiler import Module
+
+_compile = compiler.compile
+_compiled: dict[tuple[str, ...], Module] = {}
+
+
+async def _compile_once(text: str, cflags: Sequence[str] = ()) -> Module:
+    """Compiling takes many seconds in here, and most tests want the same program."""
+    key = (text, *cflags)
+    if key in _compiled:
+        return _compiled[key]
+    module = await _compile(text, cflags)
+    if not module.maps:  # else they belong to whoever had it compiled
+        _compiled[key] = module
+    return module
+
+
+pytest.MonkeyPatch().setattr(compiler, "compile", _compile_once)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -265,7 +265,7 @@ class Program(Descriptor):
         """
         info = ctypes.create_string_buffer(216)
         request = struct.pack("<IIQ", self.fd, len(info), ctypes.addressof(info))
-        if bpf(_OBJ_GET_INFO_BY_FD, request) < 0 or _kernel_release() < (5, 12):
+        if bpf(_OBJ_GET_INFO_BY_FD, request) < 0 or kernel_release() < (5, 12):
             return None
         return int(struct.unpack_from("<Q", info.raw, 208)[0])
 
@@ -393,7 +393,7 @@ def bpf(command: int, attributes: bytes | ctypes.Array[ctypes.c_char]) -> int:
 
 def _raise_memlock() -> bool:
     """Before Linux 5.11 maps are charged to RLIMIT_MEMLOCK, and EPERM may mean that alone."""
-    if _kernel_release() >= (5, 11):
+    if kernel_release() >= (5, 11):
         return False
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     if resource.getrlimit(resource.RLIMIT_MEMLOCK) == unlimited:
@@ -407,7 +407,8 @@ def _raise_memlock() -> bool:
 
 
 @cache
-def _kernel_release() -> tuple[int, int]:
+def kernel_release() -> tuple[int, int]:
+    """The running kernel's version and patch level."""
     major, minor = os.uname().release.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()))
 

@@ -8,10 +8,11 @@ import fcntl
 import os
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from ebpfstream.errors import ArgumentError, AttachError, UnsupportedError
+from ebpfstream.errors import ArgumentError, AttachError, EbpfStreamError, UnsupportedError
 from ebpfstream.kernel import kprobes
 from ebpfstream.kernel.bpf import (
     Descriptor,
@@ -19,6 +20,7 @@ from ebpfstream.kernel.bpf import (
     ProgramType,
     address,
     bpf,
+    kernel_release,
     online_cpus,
     perf_event_open,
     privilege_error,
@@ -113,6 +115,9 @@ class PerfEvent(NamedTuple):
 Hook = RawTracepoint | Tracepoint | Kprobe | Uprobe | PerfEvent
 
 
+_SYSTEM_CALLS: Final = (RawTracepoint("sys_enter"), RawTracepoint("sys_exit"))
+
+
 def program_type(hook: Hook) -> ProgramType:
     """As what a program must be loaded to be attached there."""
     if isinstance(hook, RawTracepoint):
@@ -160,11 +165,33 @@ class Link:
         return cls(first.program_name, first.hook, descriptors)
 
     def close(self) -> None:
-        """Detach: no further run of the program begins here.  Closing again does nothing."""
-        _close(self._descriptors)
+        """Detach: no further run of the program begins here.  Closing again does nothing.
+
+        Takes the kernel some 10 ms where system calls are traced.
+        """
+        if self._descriptors:
+            _close(self._descriptors)
+            if self.hook in _SYSTEM_CALLS:
+                _wait_for_system_calls()
 
     def __repr__(self) -> str:
         return f"<Link {self.program_name} on {self.hook}{'' if self._descriptors else ', closed'}>"
+
+
+def _wait_for_system_calls() -> None:
+    """Let tasks that are about to run a program at the entry or exit of a system call do so.
+
+    Since Linux 6.13 they may sleep before they do, so the grace period of RCU that ends all other programs
+    (`bpf.wait_for_running_programs`) does not wait for them.  Giving up the only perf event of a tracepoint
+    waits for both kinds (perf_trace_event_unreg(), kernel/trace/trace_event_perf.c).
+    """
+    if kernel_release() < (6, 13):
+        return
+    with suppress(EbpfStreamError):  # without tracefs the last few calls cannot be waited for
+        attributes = _attributes(_PERF_TYPE_TRACEPOINT, tracepoint_id("task", "task_rename"), sample=1)
+        fd = perf_event_open(attributes, online_cpus()[0])
+        if fd >= 0:
+            os.close(fd)
 
 
 def _close(descriptors: list[Descriptor]) -> None:

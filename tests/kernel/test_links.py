@@ -14,7 +14,7 @@ import pytest
 
 from ebpfstream.errors import ArgumentError, AttachError, UnsupportedError
 from ebpfstream.kernel import compiler, kprobes, links, tracefs
-from ebpfstream.kernel.bpf import Program, ProgramType, online_cpus
+from ebpfstream.kernel.bpf import Descriptor, Program, ProgramType, online_cpus
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import (
     Hook,
@@ -499,3 +499,14 @@ def test_without_rights(load: Load, libc_getppid: tuple[str, int]) -> None:
         check=True,
     )
     assert done.stdout.split() == ["PrivilegeError"] * 3
+
+
+def test_closing_waits_for_system_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What their tracepoints run may begin after the others' grace period: Linux ≥ 6.13."""
+    waited: list[str] = []
+    monkeypatch.setattr(links, "_wait_for_system_calls", lambda: waited.append("once"))
+    for name, count in (("sys_enter", 1), ("sched_process_exec", 1), ("sys_exit", 2)):
+        link = Link("hello", RawTracepoint(name), [Descriptor(os.open("/dev/null", os.O_RDONLY))])
+        link.close()
+        link.close()
+        assert len(waited) == count

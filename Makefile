@@ -5,7 +5,7 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format clean
+.PHONY: help setup run test check format fuzz soak clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -27,9 +27,19 @@ format: setup ## Rewrite the sources as `make check` wants them, where that can 
 	@$(VENV)/ruff check --fix
 	@$(VENV)/ruff format
 
+SECONDS ?= 300
+
+fuzz: setup ## Give arbitrary bytes to everything that reads what the kernel wrote, for SECONDS=300
+	@$(VENV)/python -m fuzz --seconds $(SECONDS)
+
+MINUTES ?= 60
+
+soak: setup ## Run a mixed load for MINUTES=60, check every ledger, and report (needs root)
+	@$(VENV)/python benchmarks/soak.py --minutes $(MINUTES)
+
 clean: ## Remove everything that was made here
-	@rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find ebpfstream sinks tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz
+	@find ebpfstream sinks tests benchmarks fuzz -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.ready: pyproject.toml .ci/setup
 	@PYTHON="$(PYTHON)" sh .ci/setup

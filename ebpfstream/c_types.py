@@ -106,8 +106,8 @@ class Float(CType):
         """Of a number."""
         try:
             return struct.pack(self._format, value)
-        except struct.error:
-            raise self._cannot(value, "give a number") from None
+        except (struct.error, OverflowError):
+            raise self._cannot(value, "give a number that it can hold") from None
 
     def _declared(self, name: str) -> str:
         return f"{self._name} {name}"
@@ -173,7 +173,7 @@ class Array(CType):
     def unpack(self, data: bytes) -> tuple[Any, ...]:
         """A tuple."""
         size = self.item.size
-        return tuple(self.item.unpack(data[at : at + size]) for at in range(0, self.size, size))
+        return tuple(self.item.unpack(data[at : at + size]) for at in range(0, self.size, size or 1))
 
     def pack(self, value: Any) -> bytes:
         """Of a sequence of as many."""
@@ -284,6 +284,8 @@ def _event_type(record: Record) -> type[Event]:
             members.append(Member(first.name, kind, start))
             continue
         hidden = f"_bytes_{start}"
+        while hidden in kinds:
+            hidden += "_"
         members.append(Member(hidden, Char(end - start), start))
         for field in fields:
             function = partial(_value_of, field._replace(offset=field.offset - start))

@@ -38,7 +38,7 @@ from ebpfstream.unpacking import RecordStructs, struct_format
 # threshold is 700 in Python 3.11) and while they are in the cache.
 _CHUNK: Final = 128
 _LINES: Final = 64  # JSON lines that are formatted in one go
-_CACHED_STRINGS: Final = 4096
+_CACHED_STRINGS, _CACHED_LENGTH = 4096, 64
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # Bytes that stand for themselves in a JSON string and on a terminal.
@@ -56,16 +56,11 @@ class Codec(NamedTuple):
 
 def codec(event_type: type[Any]) -> Codec:
     """The codec of an event type.  Raises EventTypeError."""
-    return _codecs[event_type]
-
-
-class _Codecs(dict[type[Any], Codec]):
-    def __missing__(self, event_type: type[Any]) -> Codec:
-        self[event_type] = made = _generate(event_type)
-        return made
-
-
-_codecs = _Codecs()
+    found: Codec | None = vars(event_type).get("__codec__")
+    if found is None:
+        # With the class, and not in a dictionary: a program's event types come and go with it.
+        event_type.__codec__ = found = _generate(event_type)
+    return found
 
 
 def _generate(event_type: type[Any]) -> Codec:
@@ -82,8 +77,8 @@ def _generate(event_type: type[Any]) -> Codec:
         "new": object.__new__,
         "unpack_from": struct.Struct("<" + struct_format(plan)).unpack_from,
         "structs": RecordStructs(plan),
-        "misfit": partial(misfit, event_type),
-        "overrun": partial(_overrun, event_type),
+        "misfit": partial(misfit, event_type, plan),
+        "overrun": partial(_overrun, event_type, plan),
         "decode_text": text.decode,
         "texts": _Texts(),
         "json_texts": _JsonTexts(),
@@ -107,7 +102,8 @@ def _generate(event_type: type[Any]) -> Codec:
 def _shortest(event_type: type[Any], plan: Layout) -> int:
     """Programs of others may submit a char array at the end only as far as it is filled."""
     last = plan.members[-1]
-    return last.offset if event_type.__layout__ is not None and isinstance(last.kind, Char) else plan.size
+    text_at_the_end = isinstance(last.kind, Char) and plan.types.get(last.name) is str
+    return last.offset if event_type.__layout__ is not None and text_at_the_end else plan.size
 
 
 def _lengthened(length: int, records: Records, position: int, stride: int, size: int, count: int) -> Records:
@@ -182,7 +178,7 @@ class _Writer:
     def encoder(self) -> list[str]:
         """records, offset of the wall clock → JSON lines."""
         line = ",".join(f'"{name}":%{self._conversion(name)}' for name in self._kinds)
-        form = f"b'{{{line}}}\\n'"
+        form = repr(f"{{{line}}}\n".encode())
         if not self._tails:
             width, height = len(self._members), len(self._kinds)
             return [
@@ -234,7 +230,7 @@ class _Writer:
 
     def _each_record(self, verb: str, before_error: list[str]) -> list[str]:
         """Unpacks each record's struct and cuts out its tails; what follows is inside of the loop."""
-        lengths = ", ".join(_local(name + LENGTH_SUFFIX) for name in self._tails)
+        lengths = [_local(name + LENGTH_SUFFIX) for name in self._tails]
         before = [f"                {line}" for line in before_error]
         cuts = [
             f"            {_local(name)} = data[end : (end := end + {_local(name + LENGTH_SUFFIX)})]"
@@ -249,12 +245,13 @@ class _Writer:
             f"                {verb} misfit(size)",
             "                continue",
             f"            {self._names} = unpack_from(data, start)",
+            # Before anything is cut: what a length that is wrong cuts out may be the whole batch.
+            f"            if size < SIZE + {' + '.join(lengths)}:",
+            *before,
+            f"                {verb} overrun(size, {', '.join(lengths)})",
+            "                continue",
             "            end = start + SIZE",
             *cuts,
-            "            if end > start + size:",
-            *before,
-            f"                {verb} overrun(size, {lengths})",
-            "                continue",
         ]
 
     def _value(self, name: str) -> str:
@@ -339,9 +336,8 @@ class _Texts(dict[bytes, str]):
     """Text of char arrays that come again and again, by their bytes up to their whole length."""
 
     def __missing__(self, data: bytes) -> str:
-        if len(self) >= _CACHED_STRINGS:
-            self.clear()
-        self[data] = made = text.decode(data.partition(b"\0")[0])
+        made = text.decode(data.partition(b"\0")[0])
+        _remember(self, data, made)
         return made
 
 
@@ -349,10 +345,17 @@ class _JsonTexts(dict[bytes, bytes]):
     """The same as JSON."""
 
     def __missing__(self, data: bytes) -> bytes:
-        if len(self) >= _CACHED_STRINGS:
-            self.clear()
-        self[data] = made = _json_text(data.partition(b"\0")[0])
+        made = _json_text(data.partition(b"\0")[0])
+        _remember(self, data, made)
         return made
+
+
+def _remember(cache: dict[bytes, Any], data: bytes, made: object) -> None:
+    """Names are short, and few; what is long is seldom the same again."""
+    if len(data) <= _CACHED_LENGTH:
+        if len(cache) >= _CACHED_STRINGS:
+            cache.clear()
+        cache[data] = made
 
 
 def _json_text(data: bytes) -> bytes:
@@ -418,9 +421,8 @@ def encode_lost(lost: Iterable[Lost]) -> bytes:
     return b"".join(orjson.dumps({"lost": one}, option=option) for one in lost)
 
 
-def misfit(event_type: type[Any], size: int) -> DecodeError:
-    """The error for a sample of `size` bytes that the type does not fit."""
-    plan = layout(event_type)
+def misfit(event_type: type[Any], plan: Layout, size: int) -> DecodeError:
+    """The error for a sample of `size` bytes that the type, of this layout, does not fit."""
     for member in plan.members:
         if member.offset + member.kind.size > size:
             return DecodeError(
@@ -429,13 +431,13 @@ def misfit(event_type: type[Any], size: int) -> DecodeError:
             )
     last = plan.members[-1]
     return DecodeError(
-        f"a record of {size} bytes is longer than {event_type.__name__} ({plan.size} bytes, the last field "
+        f"a record of {size} bytes is {'longer' if size > plan.size else 'shorter'} than {event_type.__name__} "
+        f"({plan.size} bytes, the last field "
         f"{last.name} at offset {last.offset}): the class and the program's struct differ"
     )
 
 
-def _overrun(event_type: type[Any], size: int, *lengths: int) -> DecodeError:
-    plan = layout(event_type)
+def _overrun(event_type: type[Any], plan: Layout, size: int, *lengths: int) -> DecodeError:
     tails = [name for name, kind in plan.kinds.items() if isinstance(kind, Tail)]
     ends = list(accumulate(lengths, initial=plan.size))
     wrong = next(index for index, end in enumerate(ends[1:]) if end > size)

@@ -28,7 +28,7 @@ def to_numpy(event_type: type[Any], records: Records) -> numpy.ndarray[Any, Any]
     parts = []
     for position, stride, size, count in records.runs or [(0, plan.size + records.prefix, plan.size, 0)]:
         if not plan.size <= size <= plan.size + records.padding:
-            raise misfit(event_type, size)
+            raise misfit(event_type, plan, size)
         columns = numpy.dtype(
             {
                 "names": [member.name for member in plan.members],

@@ -26,7 +26,10 @@ def parse(description: Any, size: int, *, key: bool = False) -> CType:
 
     Raises EventTypeError where its description does not tell the whole type: the sizes differ then.
     """
-    found = _parse(description, key)
+    try:
+        found = _parse(description, key)
+    except RecursionError:
+        raise EventTypeError("BCC describes a type that is nested too deeply: give an event class") from None
     if found.size != size:
         raise EventTypeError(
             f"BCC does not describe {found.declared()} whole: what it tells of takes {found.size} bytes of "
@@ -46,7 +49,11 @@ def _parse(description: Any, key: bool = False) -> CType:
             return Number("unsigned int")
         case [str(name), list(members), str(kind)] if kind in _RECORDS:
             return _parse_record(name, members, kind, key)
-    raise EventTypeError(
+    raise _unknown(description)
+
+
+def _unknown(description: Any) -> EventTypeError:
+    return EventTypeError(
         f"BCC describes a type as {description!r}, which is unknown here: give an event class"
     )
 
@@ -57,16 +64,7 @@ def _parse_record(name: str, members: list[Any], kind: str, key: bool) -> Record
     alignment = 1
     natural = True
     for member in members:
-        member_name, of_type, *extra = member
-        if extra and extra[0] in _RECORDS:  # unnamed: the type stands in the member's place
-            of_type, extra = member, []
-        found = _parse(of_type, key)
-        width = None
-        for size in extra:
-            if isinstance(size, int):
-                width = size
-            else:
-                found = _array(found, size, key)
+        member_name, of_type, found, width = _parse_member(member, key)
         unit = found.size * 8
         alignment = max(alignment, found.alignment)
         step = 8 if kind == "struct_packed" else found.alignment * 8
@@ -83,12 +81,38 @@ def _parse_record(name: str, members: list[Any], kind: str, key: bool) -> Record
             fields.append(Field(_usable(member_name), found, at // 8, bits))
         at += unit if width is None else width
         end = max(end, at)
+    names = [field.name for field in fields]
+    if len(set(names)) < len(names) or not all(map(_is_name, [name or "unnamed", *names])):
+        raise EventTypeError(
+            f"the members of {kind} {name} cannot all be attributes in Python ({', '.join(map(repr, names))}): "
+            "give an event class"
+        )
     if kind == "struct_packed":
         # So are all called that have no bit-fields.  A packed one that looks natural is taken for natural;
         # where that makes a difference to what it is a member of, the sizes differ.
         natural &= end % (alignment * 8) == 0
-        return Record(name or "unnamed", fields, end // 8, alignment if natural else 1, union=False)
+        return Record(name or "unnamed", fields, _up(end, 8) // 8, alignment if natural else 1, union=False)
     return Record(name or "unnamed", fields, _up(end, alignment * 8) // 8, alignment, union=kind == "union")
+
+
+def _parse_member(member: Any, key: bool) -> tuple[str, Any, CType, int | None]:
+    """Its name, its type as it is described and as it is with its array's length, the bits of a bit-field."""
+    match member:
+        case [str(name), list(), str(kind)] if kind in _RECORDS:
+            return name, member, _parse(member, key), None  # unnamed: the type stands in the member's place
+        case [str(name), of_type]:
+            return name, of_type, _parse(of_type, key), None
+        case [str(name), of_type, list(counts)] if all(isinstance(n, int) and n >= 0 for n in counts):
+            return name, of_type, _array(_parse(of_type, key), counts, key), None
+        case [str(name), of_type, int(width)]:
+            found = _parse(of_type, key)
+            if isinstance(found, Number) and 0 < width <= found.size * 8:
+                return name, of_type, found, width
+    raise _unknown(member)
+
+
+def _is_name(name: str) -> bool:
+    return name.isascii() and name.isidentifier()
 
 
 def _up(bits: int, step: int) -> int:
@@ -105,7 +129,8 @@ def _array(item: CType, counts: list[int], key: bool) -> CType:
 
 
 def _usable(name: str) -> str:
-    return f"{name}_" if keyword.iskeyword(name) else name
+    special = name.startswith("__") and name.endswith("__")  # __class__ and its like mean something to Python
+    return f"{name}_" if keyword.iskeyword(name) or special else name
 
 
 def check(event_type: type[Event], submitted: CType) -> None:

@@ -155,8 +155,9 @@ def layout(event_type: type[Event]) -> Layout:
 
     Raises EventTypeError for a class that is no dataclass or has a field without a C type.
     """
-    if event_type.__layout__ is not None:
-        return event_type.__layout__
+    made: Layout | None = vars(event_type).get("__layout__")  # of its own: a subclass may have more fields
+    if made is not None:
+        return made
     name = event_type.__name__
     if "__dataclass_fields__" not in vars(event_type):
         raise EventTypeError(f"{name} is not a dataclass: write @dataclass above the class")
@@ -210,6 +211,10 @@ def _check(name: str, kinds: dict[str, Kind], types: dict[str, Any]) -> None:
         WallClock: (datetime,),
     }
     for field, kind in kinds.items():
+        if isinstance(kind, Tail) and field + LENGTH_SUFFIX in kinds:
+            raise EventTypeError(
+                f"{name}.{field + LENGTH_SUFFIX} has the name of the member that holds the length of {field}: rename it"
+            )
         made_otherwise = isinstance(kind, Tail) and kind.function is not None
         if not made_otherwise and type(kind) in allowed and types[field] not in allowed[type(kind)]:
             names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed[type(kind)])

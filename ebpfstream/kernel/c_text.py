@@ -19,7 +19,7 @@ _SUBMISSION: Final = re.compile(
 _SAMPLE: Final = {"perf_submit": 1, "perf_submit_skb": 2, "ringbuf_output": 0, "ringbuf_submit": 0}
 _CAST: Final = re.compile(r"\(\s*(?:const\s+)?(?:void|char|u8|unsigned\s+char)\s*\*\s*\)")
 _NAME: Final = re.compile(r"(&?)\s*([A-Za-z_]\w*)")
-_TYPE: Final = r"(?:struct|union|enum)\s+\w+|[A-Za-z_]\w*(?:\s+(?:long|int|char|short))*"
+_TYPE: Final = r"(?:struct|union|enum)\s+\w+|[A-Za-z_]\w*(?:\s+(?:long|int|char|short)){0,3}"
 _NO_TYPES: Final = frozenset({"return", "goto", "case", "else", "sizeof", "typeof", "do"})
 _DIRECTIVE: Final = re.compile(r"^[ \t]*#(?:\\\n|.)*", re.MULTILINE)
 # What stands before a declaration within a function; anything else makes `a * b` a product.

@@ -161,13 +161,14 @@ class PerfBuffer:
 
     def _merged(self, parts: list[Part]) -> Records:
         """The parts as one, by time."""
-        if len(parts) == 1:
-            records = parts[0].records
-            if parts[0].first_time() < self._latest:
-                self._count_late(parts[0].times())
-            self._latest = max(self._latest, parts[0].last_time())
-            return records
-        times: list[int] = []
+        times: list[int] = parts[0].times()
+        # One CPU's are mostly in order: not where a program has interrupted another one.
+        if len(parts) == 1 and times == sorted(times):
+            if times[0] < self._latest:
+                self._count_late(times)
+            self._latest = max(self._latest, times[-1])
+            return parts[0].records
+        times = []
         pieces: list[tuple[memoryview, int, int]] = []  # bytes, stride, size
         for part in parts:
             times += part.times()
@@ -225,17 +226,23 @@ class PerfBuffer:
     async def _readable(self) -> None:
         # Polling a perf event takes its readiness away (perf_poll(), kernel/events/core.c), and registering
         # a descriptor polls it: a record that comes before is not reported after.  So look, once registered.
-        async with anyio.create_task_group() as tasks:
+        try:
+            async with anyio.create_task_group() as tasks:
 
-            async def look() -> None:
-                for pause in (0, 0, 0, _SETTLING):
-                    await (anyio.sleep(pause) if pause else checkpoint())
-                    if self.pending():
-                        tasks.cancel_scope.cancel()
+                async def look() -> None:
+                    for pause in (0, 0, 0, _SETTLING):
+                        await (anyio.sleep(pause) if pause else checkpoint())
+                        if self.pending():
+                            tasks.cancel_scope.cancel()
 
-            tasks.start_soon(look)
-            await anyio.wait_readable(self._epoll.fileno())
-            tasks.cancel_scope.cancel()
+                tasks.start_soon(look)
+                await anyio.wait_readable(self._epoll.fileno())
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # That there is a group is our affair: a Ctrl-C is to arrive as what it is.
+            if len(group.exceptions) == 1:
+                raise group.exceptions[0] from None
+            raise
 
     def _see_hotplug(self) -> None:
         """Give a CPU that has come online a ring; that of one that went is dead, but what is in it counts."""

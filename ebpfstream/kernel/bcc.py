@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,8 @@ _OWN_HEADER: Final = re.compile(r'(?m)^[ \t]*#[ \t]*include[ \t]*"([^"]+)"')
 
 # include/uapi/linux/sched.h, include/uapi/linux/mount.h
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
+
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 # SCM_MAX_FD in include/net/scm.h is 253.
 _DESCRIPTORS_PER_MESSAGE: Final = 250
@@ -211,6 +214,8 @@ def main() -> None:
 
     The standard output and error are a file of the parent's.
     """
+    # A parent that is killed cannot end this process, which nobody waits for then.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = socket.socket(fileno=int(sys.argv[1]))
     request = json.load(sys.stdin)
     descriptors: list[int] = []

@@ -156,14 +156,15 @@ async def test_proc_agrees() -> None:
     group = Path(mount) / f"ebpfstream-test-{os.getpid()}"
     group.mkdir()
     try:
-        shell = f"echo $$ > {group}/cgroup.procs; exec sleep 0.5 0.01"
+        shell = f"echo $$ > {group}/cgroup.procs; exec sleep 60 0.01"
         looked_at: dict[str, Any] = {}
         started: list[int] = []
 
         def act() -> None:
             child = subprocess.Popen(["sh", "-c", shell], stderr=subprocess.DEVNULL)
-            time.sleep(0.2)
             proc = Path(f"/proc/{child.pid}")
+            while not (proc / "cmdline").read_text().startswith("sleep\0"):
+                time.sleep(0.01)
             looked_at.update(
                 pid=child.pid,
                 comm=(proc / "comm").read_text().strip(),
@@ -174,6 +175,7 @@ async def test_proc_agrees() -> None:
                 session=int((proc / "stat").read_text().split()[5]),
             )
             started.append(int((proc / "stat").read_text().split()[21]))
+            child.kill()
             child.wait()
 
         found = await execs_of(act, lambda event: event.pid == looked_at["pid"])

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 ROOT: Final = Path(__file__).resolve().parents[2]
 _BIN: Final = Path(sys.executable).parent
 _QEMU: Final = "qemu-system-x86_64"
-_OPTIONS: Final = ("CONFIG_KPROBE_EVENTS=y", "CONFIG_DEBUG_INFO_BTF=y")
+_OPTIONS: Final = ("CONFIG_KPROBE_EVENTS", "CONFIG_DEBUG_INFO_BTF", "CONFIG_9P_FS")
 
 # virtme-ng mounts this machine's files without a cache, so that each start of Python reads all of it again.
 # They are mounted once more, over the folders that matter.
@@ -62,9 +62,13 @@ def missing() -> str:
     """What has to be installed before a machine can be booted, and how; "" if nothing has."""
     if os.uname().machine != "x86_64":
         return "only x86-64 machines are emulated"
-    lacking = [program for program in (_QEMU, "busybox") if not shutil.which(program)]
-    lacking += [] if (_BIN / "vng").exists() else ["virtme-ng"]
-    lacking += [] if _kernel() else ["a kernel in /boot with " + " and ".join(_OPTIONS)]
+    found = {
+        _QEMU: shutil.which(_QEMU),
+        "a static busybox": (busybox := shutil.which("busybox")) and not _is_dynamic(busybox),
+        "virtme-ng": (_BIN / "vng").exists(),
+        f"a kernel in /boot with {', '.join(_OPTIONS)}": _kernel(),
+    }
+    lacking = [name for name, there in found.items() if not there]
     if not lacking:
         return ""
     return (
@@ -86,23 +90,19 @@ def run(command: list[str], folder: Path, *, limit: float, arguments: str = "", 
     folders = dict.fromkeys(["/usr", sys.base_prefix, sys.prefix, str(ROOT)])
     script.write_text(
         _SCRIPT.format(
-            folders=shlex.join(folders), path=_BIN, root=shlex.quote(str(ROOT)), command=shlex.join(command)
+            folders=shlex.join(folders),
+            path=shlex.quote(str(_BIN)),
+            root=shlex.quote(str(ROOT)),
+            command=shlex.join(command),
         )
     )
-    options = ["--disable-kvm", "--force-9p", "--verbose", "--user=root", f"--cpus={cpus}", "--memory=1G"]
-    options += [f"--qemu-opts={_QEMU_OPTIONS}", f"--append=mitigations=off {arguments}"]
+    # timeout(1) ends its whole process group, and does so even when this process is gone.
+    boot = ["timeout", "--signal=KILL", str(limit), "vng", f"--run={kernel}", "--disable-kvm", "--force-9p"]
+    boot += ["--verbose", "--user=root", f"--cpus={cpus}", "--memory=1G", f"--qemu-opts={_QEMU_OPTIONS}"]
+    boot += [f"--append=mitigations=off {arguments}", f"--exec=sh {shlex.quote(str(script))}"]
     with output.open("w") as out, console.open("w") as err:
         process = subprocess.Popen(
-            # timeout(1) ends its whole process group, and does so even when this process is gone.
-            [
-                "timeout",
-                "--signal=KILL",
-                str(limit),
-                "vng",
-                f"--run={kernel}",
-                *options,
-                f"--exec=sh {script}",
-            ],
+            boot,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -115,6 +115,10 @@ def run(command: list[str], folder: Path, *, limit: float, arguments: str = "", 
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return Outcome(code, output.read_text(errors="replace"), console)
+
+
+def _is_dynamic(program: str) -> bool:
+    return subprocess.run(["ldd", program], capture_output=True).returncode == 0
 
 
 @cache
@@ -130,9 +134,7 @@ def _kernel() -> Path | None:
 def _will_do(image: Path) -> bool:
     release = image.name.removeprefix("vmlinuz-")
     config = image.with_name(f"config-{release}")
-    return (
-        os.access(image, os.R_OK)
-        and Path("/lib/modules", release).is_dir()
-        and config.exists()
-        and set(_OPTIONS) <= set(config.read_text().splitlines())
-    )
+    if not (os.access(image, os.R_OK) and Path("/lib/modules", release).is_dir() and config.exists()):
+        return False
+    text = config.read_text()
+    return all(re.search(rf"^{option}=[ym]$", text, re.MULTILINE) for option in _OPTIONS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
 from operator import length_hint
 from types import TracebackType
@@ -14,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
 from ebpfstream.batch import EventBatch, wall_clock_offset
-from ebpfstream.errors import ArgumentError, CorruptBufferError, DecodeError, LostError
+from ebpfstream.errors import ArgumentError, DecodeError, LostError
 from ebpfstream.events import E_co
 from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import wait_for_running_programs
@@ -366,11 +365,9 @@ class EventStream(Generic[E_co]):
                     await run_sync(self._source.stop)
                     await run_sync(wait_for_running_programs)
                     self._buffer.finish()
-                    # Whoever asked for events has been told; now only the counts differ.
-                    with suppress(CorruptBufferError):
-                        while records := self._buffer.drain(_BATCH_BYTES):
-                            self._account(EventBatch(self._event_type, records))
-                            await checkpoint()
+                    while records := self._buffer.drain(_BATCH_BYTES):
+                        self._account(EventBatch(self._event_type, records))
+                        await checkpoint()
             finally:
                 self._put_down()
                 self._release()

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -285,10 +285,15 @@ _texts: Path
 
 
 @pytest.fixture(autouse=True, scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where programs for this process alone are."""
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where programs for this process alone are; other modules find nothing of it held."""
     global _texts
     _texts = tmp_path_factory.mktemp("texts")
+    yield
+    for module in _compiled.values():
+        for made in module.numbered.values():
+            made.close()
+    _compiled.clear()
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_command(command: str, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with subprocess.Popen(["sh", "-c", "while sleep 0.1; do /bin/true documented; done"]) as producer:
         done = subprocess.run(
-            ["timeout", "4", "bash", "-c", command],
+            ["timeout", "12", "bash", "-c", command],
             cwd=tmp_path,
             env=os.environ | {"PATH": path},
             capture_output=True,

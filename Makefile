@@ -15,7 +15,7 @@ setup: .venv/.ready ## Install what is missing, and make .venv with everything i
 run: setup ## Print every exec on this machine as a JSON line, until Ctrl-C (needs root)
 	@$(VENV)/python -m ebpfstream execve --format json
 
-test: check ## Run the checks and every test; a skipped test is a failure (needs root)
+test: check .venv/.machines ## Run the checks and every test; a skipped test is a failure (needs root)
 	@$(VENV)/python -m pytest --no-skips
 
 check: setup ## Lint, formatting, types
@@ -40,6 +40,11 @@ soak: setup ## Run a mixed load for MINUTES=60, check every ledger, and report (
 clean: ## Remove everything that was made here
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz
 	@find ebpfstream sinks tests benchmarks fuzz -name __pycache__ -prune -exec rm -rf {} +
+
+# A kernel is nothing to install on a machine that only wants to run this.
+.venv/.machines: .ci/setup
+	@MACHINES=yes PYTHON="$(PYTHON)" sh .ci/setup
+	@touch $@
 
 .venv/.ready: pyproject.toml .ci/setup
 	@PYTHON="$(PYTHON)" sh .ci/setup

@@ -72,7 +72,7 @@ def missing() -> str:
     if not lacking:
         return ""
     return (
-        f"no machine can be emulated here without {', '.join(lacking)}: as root, `make setup` installs them on "
+        f"no machine can be emulated here without {', '.join(lacking)}: as root, `make test` installs them on "
         "Debian (apt-get install qemu-system-x86 busybox-static linux-image-amd64; pip install virtme-ng)"
     )
 

@@ -18,7 +18,7 @@ from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Link
 from ebpfstream.kernel.perfbuf import PerfBuffer
 from ebpfstream.lost import Lost
-from ebpfstream.readymade import Counters
+from ebpfstream.readymade import Counters, total_misses
 from ebpfstream.records import Records
 
 PROBE: Final = "ebpfstream_type_"
@@ -149,8 +149,6 @@ class Output:
     def counters(self) -> Counters:
         """What the kernel tells: a perf buffer's losses, runs that were skipped.  The rest nobody counts."""
         programs, _ = self._submitters()
-        misses = [program.recursion_misses() for program in programs]
-        known = [count for count in misses if count is not None]
         return Counters(
             rejected=None,
             tried=None,
@@ -161,7 +159,7 @@ class Output:
             lost_too_large=None,
             lost_no_buffer=None,
             lost_otherwise=None,
-            misses=sum(known) if len(known) == len(misses) else None,
+            misses=total_misses(programs),
         )
 
     def pause(self, paused: bool) -> None:

@@ -98,6 +98,13 @@ class Options(TypedDict, total=False):
     latency: float
 
 
+def total_misses(programs: Sequence[Program]) -> int | None:
+    """Runs of all of them that the kernel skipped; None if it does not tell of one."""
+    misses = [program.recursion_misses() for program in programs]
+    known = [count for count in misses if count is not None]
+    return sum(known) if len(known) == len(misses) else None
+
+
 class MapSpec(NamedTuple):
     """A map that a text has beside the usual ones."""
 
@@ -243,11 +250,8 @@ class Programs:
         for _, values in self._each_counters():
             totals = [total + count for total, count in zip(totals, values, strict=False)]
             error = values[_ERROR] or error
-        misses = [program.recursion_misses() for program in self._programs]
-        known = [count for count in misses if count is not None]
         counts, lost = totals[:4], totals[4:]
-        missed = sum(known) if len(known) == len(misses) else None
-        return Counters._make((*counts, sum(lost), *lost, error, missed))
+        return Counters._make((*counts, sum(lost), *lost, error, total_misses(self._programs)))
 
     def numbers(self) -> dict[tuple[int, int], int]:
         """The number that the next event would have, for each CPU and program."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from ebpfstream import columns
-from ebpfstream.codec import codec, encode_lost
+from ebpfstream.codec import codec, encoder, selection
 from ebpfstream.errors import DecodeError
 from ebpfstream.events import E_co
 from ebpfstream.lost import Lost
-from ebpfstream.records import Records
+from ebpfstream.records import Records, Run
+from ebpfstream.values import encode_lost
 
 if TYPE_CHECKING:
     import numpy
@@ -34,7 +35,7 @@ class EventBatch(Generic[E_co]):
     events; iterating yields that first, and JSON begins with it.  The last batch may be nothing else.
     """
 
-    __slots__ = ("event_type", "lost", "records", "wall_clock_offset")
+    __slots__ = ("event_type", "fields", "lost", "records", "wall_clock_offset")
 
     def __init__(
         self,
@@ -42,11 +43,14 @@ class EventBatch(Generic[E_co]):
         records: Records,
         wall_clock_offset: int = 0,
         lost: tuple[Lost, ...] = (),
+        fields: Mapping[str, str] | None = None,
     ) -> None:
         self.event_type = event_type
         self.records = records
         self.wall_clock_offset = wall_clock_offset
         self.lost = lost
+        self.fields = fields
+        """The fields that JSON has, in this order, each with its name there; None for all, by their own names."""
 
     def __len__(self) -> int:
         """How many events; what is lost does not count."""
@@ -73,13 +77,16 @@ class EventBatch(Generic[E_co]):
         return codec(self.event_type).decode(self.records, self.wall_clock_offset)
 
     def to_json_lines(self) -> bytes:
-        """Each event as a JSON object on a line of its own, fields in the order of the class.
+        """Each event as a JSON object on a line of its own, fields in the order of the class, or those selected.
 
         Text is as in the events, and only printable characters stand for themselves; times are
         RFC 3339, UTC.  What is lost stands before the events, a line each: `{"lost":{"cpu":0,"count":3,…}}`.
         Raises DecodeError.
         """
-        lines = codec(self.event_type).encode(self.records, self.wall_clock_offset)
+        encode = (
+            codec(self.event_type).encode if self.fields is None else encoder(self.event_type, self.fields)
+        )
+        lines = encode(self.records, self.wall_clock_offset)
         if not self.lost:
             return lines
         return encode_lost(self.lost) + lines
@@ -100,4 +107,76 @@ class EventBatch(Generic[E_co]):
         if step != 1:
             raise ValueError("a batch can be cut into pieces, not thinned: use a slice without a step")
         lost = () if start else self.lost  # it stands before the first
-        return EventBatch(self.event_type, self.records.cut(start, stop), self.wall_clock_offset, lost)
+        return self._with(self.records.cut(start, stop), lost)
+
+    def keep(self, verdicts: Iterable[object]) -> EventBatch[E_co]:
+        """Those of the events for which the verdict, one for each in order, is true; and what is lost.
+
+        The bytes are shared, unless most of them would be held for nothing.
+        """
+        runs = list(_kept(self.records.runs, verdicts))
+        records = self.records._replace(runs=runs, discarded=0)
+        return self._with(_compact(records), self.lost)
+
+    def with_lost(self, lost: tuple[Lost, ...]) -> EventBatch[E_co]:
+        """The same events with other losses before them; the bytes are shared."""
+        return self._with(self.records, lost)
+
+    def with_records(self, records: Records) -> EventBatch[E_co]:
+        """Other records of the same type, from the same time, after the same losses."""
+        return self._with(records, self.lost)
+
+    def select(self, fields: Mapping[str, str] | Sequence[str]) -> EventBatch[E_co]:
+        """The same batch with other JSON: these fields alone, in this order; of a mapping, each by its name there.
+
+        Events, and losses in JSON, stay whole.  Raises ArgumentError for fields that the type does not have.
+        """
+        chosen = selection(self.event_type, fields)
+        return EventBatch(self.event_type, self.records, self.wall_clock_offset, self.lost, chosen)
+
+    def without_undecodable(self) -> tuple[EventBatch[E_co], list[tuple[bytes, DecodeError]]]:
+        """The batch without the records that its type does not fit, and the bytes of those, each with its error."""
+        unfit: list[tuple[bytes, DecodeError]] = []
+        verdicts: list[bool] = []
+        samples = list(self.records.samples())
+        for chunk in self.decode():
+            if isinstance(chunk, DecodeError):
+                unfit.append((samples[len(verdicts)], chunk))
+                verdicts.append(False)
+            else:
+                verdicts += [True] * len(chunk)
+        return self.keep(verdicts) if unfit else self, unfit
+
+    def _with(self, records: Records, lost: tuple[Lost, ...]) -> EventBatch[E_co]:
+        return EventBatch(self.event_type, records, self.wall_clock_offset, lost, self.fields)
+
+
+def _kept(runs: Iterable[Run], verdicts: Iterable[object]) -> Iterator[Run]:
+    """The runs without the records whose verdict is false."""
+    verdict = iter(verdicts)
+    for position, stride, size, count in runs:
+        first = 0
+        for number in range(count):
+            if not next(verdict):
+                if first < number:
+                    yield position + first * stride, stride, size, number - first
+                first = number + 1
+        if first < count:
+            yield position + first * stride, stride, size, count - first
+
+
+def _compact(records: Records) -> Records:
+    """The same records; in bytes of their own if these are less than half of what they share."""
+    if 2 * sum(stride * count for _, stride, _, count in records.runs) >= len(records.data):
+        return records
+    parts: list[bytes] = []
+    runs: list[Run] = []
+    end = 0
+    for position, stride, size, count in records.runs:
+        parts.append(records.data[position : position + stride * count])
+        if runs and runs[-1][1:3] == (stride, size):
+            runs[-1] = (*runs[-1][:3], runs[-1][3] + count)
+        else:
+            runs.append((end, stride, size, count))
+        end += stride * count
+    return records._replace(data=b"".join(parts), runs=runs)

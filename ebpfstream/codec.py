@@ -6,44 +6,35 @@ as text and compiled once: records → events, and records → JSON lines withou
 
 from __future__ import annotations
 
+import difflib
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
-import orjson
-
 from ebpfstream import text
-from ebpfstream.errors import DecodeError
+from ebpfstream.errors import ArgumentError, DecodeError
 from ebpfstream.events import (
     LENGTH_SUFFIX,
     Array,
     Char,
     Computed,
     Embedded,
-    Event,
     Integer,
     Layout,
     Tail,
     WallClock,
     layout,
 )
-from ebpfstream.lost import Lost
 from ebpfstream.records import Records
 from ebpfstream.unpacking import RecordStructs, struct_format
+from ebpfstream.values import JsonTexts, Texts, json_strings, json_text, json_value, moment, rfc3339, strings
 
 # Events of one list: few enough to die before the garbage collector looks for them (its first
 # threshold is 700 in Python 3.11) and while they are in the cache.
 _CHUNK: Final = 128
 _LINES: Final = 64  # JSON lines that are formatted in one go
-_CACHED_STRINGS, _CACHED_LENGTH = 4096, 64
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-# Bytes that stand for themselves in a JSON string and on a terminal.
-_PLAIN: Final = bytes(byte for byte in range(0x20, 0x7F) if byte not in b'"\\')
-_PLAIN_OR_NUL: Final = _PLAIN + b"\0"
 
 
 class Codec(NamedTuple):
@@ -63,9 +54,34 @@ def codec(event_type: type[Any]) -> Codec:
     return found
 
 
-def _generate(event_type: type[Any]) -> Codec:
+def encoder(event_type: type[Any], fields: Mapping[str, str]) -> Callable[[Records, int], bytes]:
+    """What makes JSON lines of these fields alone, as `selection` returned them."""
+    made: dict[tuple[tuple[str, str], ...], Codec] = vars(event_type).get("__encoders__", {})
+    key = tuple(fields.items())
+    if key not in made:
+        event_type.__encoders__ = made = made | {key: _generate(event_type, fields)}
+    return made[key].encode
+
+
+def selection(event_type: type[Any], fields: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """JSON's names by the fields' own, in this order.  Raises ArgumentError for what the type does not have."""
+    chosen = dict(fields) if isinstance(fields, Mapping) else {name: name for name in fields}
+    kinds = layout(event_type).kinds
+    for name in chosen:
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
+            raise ArgumentError(f"{event_type.__name__} has no field {name!r}; {hint}")
+    if not chosen or len(set(chosen.values())) < len(chosen):
+        raise ArgumentError(
+            f"fields={fields!r} is impossible: give one or more fields, each with a name of its own"
+        )
+    return chosen
+
+
+def _generate(event_type: type[Any], fields: Mapping[str, str] | None = None) -> Codec:
     plan = layout(event_type)
-    writer = _Writer(plan, calls=_must_be_called(event_type))
+    writer = _Writer(plan, fields, calls=_must_be_called(event_type))
     source = "\n".join([*writer.decoder(), *writer.encoder(), ""])
     names: dict[str, Any] = {
         "Event": event_type,
@@ -80,14 +96,14 @@ def _generate(event_type: type[Any]) -> Codec:
         "misfit": partial(misfit, event_type, plan),
         "overrun": partial(_overrun, event_type, plan),
         "decode_text": text.decode,
-        "texts": _Texts(),
-        "json_texts": _JsonTexts(),
-        "json_text": _json_text,
-        "json_strings": _json_strings,
-        "json_value": _json_value,
-        "strings": _strings,
-        "moment": _moment,
-        "rfc3339": _rfc3339,
+        "texts": Texts(),
+        "json_texts": JsonTexts(),
+        "json_text": json_text,
+        "json_strings": json_strings,
+        "json_value": json_value,
+        "strings": strings,
+        "moment": moment,
+        "rfc3339": rfc3339,
         "true_false": (b"false", b"true"),
     }
     for name, kind in plan.kinds.items():
@@ -129,8 +145,9 @@ def _must_be_called(event_type: type[Any]) -> bool:
 class _Writer:
     """Writes the functions of one event type."""
 
-    def __init__(self, plan: Layout, *, calls: bool) -> None:
+    def __init__(self, plan: Layout, fields: Mapping[str, str] | None, *, calls: bool) -> None:
         self._kinds = plan.kinds
+        self._fields = {name: name for name in plan.kinds} if fields is None else fields  # of JSON
         self._types = plan.types
         self._calls = calls
         self._members = [member.name for member in plan.members]
@@ -165,7 +182,7 @@ class _Writer:
             "def decode(records, offset):",
             "    data = records.data",
             "    chunk = []",
-            *self._each_record("yield", before_error),
+            *self._each_record("yield", before_error, set(self._tails)),
             *(f"            {_local(name)} = {self._tail(name)}" for name in self._tails),
             *self._make_event("            "),
             "            if len(chunk) == CHUNK:",
@@ -177,10 +194,14 @@ class _Writer:
 
     def encoder(self) -> list[str]:
         """records, offset of the wall clock → JSON lines."""
-        line = ",".join(f'"{name}":%{self._conversion(name)}' for name in self._kinds)
+        line = ",".join(
+            f"{text.json_string(shown).replace('%', '%%')}:%{self._conversion(name)}"
+            for name, shown in self._fields.items()
+        )
         form = repr(f"{{{line}}}\n".encode())
+        needed = {source for name in self._fields for source in self._sources(name)}
         if not self._tails:
-            width, height = len(self._members), len(self._kinds)
+            width, height = len(self._members), len(self._fields)
             return [
                 "def encode(records, offset):",
                 "    data = records.data",
@@ -198,21 +219,22 @@ class _Writer:
                 *(
                     f"            {_local(name)} = values[{index}::{width}]"
                     for index, name in enumerate(self._members)
+                    if name in needed
                 ),
                 f"            fields = [None] * (number * {height})",
                 *(
                     f"            fields[{index}::{height}] = {self._json_column(name)}"
-                    for index, name in enumerate(self._kinds)
+                    for index, name in enumerate(self._fields)
                 ),
                 f"            lines.append({form} * number % tuple(fields))",
                 "    return b''.join(lines)",
             ]
-        values = ", ".join(self._json(name) for name in self._kinds)
+        values = ", ".join(self._json(name) for name in self._fields)
         return [
             "def encode(records, offset):",
             "    data = records.data",
             "    lines = []",
-            *self._each_record("raise", []),
+            *self._each_record("raise", [], needed),
             f"            lines.append({form} % ({values},))",
             "    return b''.join(lines)",
         ]
@@ -228,12 +250,23 @@ class _Writer:
             f"{indent}chunk.append(event)",
         ]
 
-    def _each_record(self, verb: str, before_error: list[str]) -> list[str]:
-        """Unpacks each record's struct and cuts out its tails; what follows is inside of the loop."""
+    def _sources(self, name: str) -> tuple[str, ...]:
+        """The fields of the record that a field is made of."""
+        match self._kinds[name]:
+            case Computed(_, arguments):
+                return arguments
+            case WallClock(source):
+                return (source,)
+        return (name,)
+
+    def _each_record(self, verb: str, before_error: list[str], needed: set[str]) -> list[str]:
+        """Unpacks each record's struct and cuts out the tails that are needed; what follows is inside of the loop."""
         lengths = [_local(name + LENGTH_SUFFIX) for name in self._tails]
         before = [f"                {line}" for line in before_error]
         cuts = [
             f"            {_local(name)} = data[end : (end := end + {_local(name + LENGTH_SUFFIX)})]"
+            if name in needed
+            else f"            end += {_local(name + LENGTH_SUFFIX)}"
             for name in self._tails
         ]
         return [
@@ -330,95 +363,6 @@ def _local(member: str) -> str:
 
 def _function_of(field: str) -> str:
     return f"compute_{field}"
-
-
-class _Texts(dict[bytes, str]):
-    """Text of char arrays that come again and again, by their bytes up to their whole length."""
-
-    def __missing__(self, data: bytes) -> str:
-        made = text.decode(data.partition(b"\0")[0])
-        _remember(self, data, made)
-        return made
-
-
-class _JsonTexts(dict[bytes, bytes]):
-    """The same as JSON."""
-
-    def __missing__(self, data: bytes) -> bytes:
-        made = _json_text(data.partition(b"\0")[0])
-        _remember(self, data, made)
-        return made
-
-
-def _remember(cache: dict[bytes, Any], data: bytes, made: object) -> None:
-    """Names are short, and few; what is long is seldom the same again."""
-    if len(data) <= _CACHED_LENGTH:
-        if len(cache) >= _CACHED_STRINGS:
-            cache.clear()
-        cache[data] = made
-
-
-def _json_text(data: bytes) -> bytes:
-    if data.translate(None, _PLAIN):
-        return text.json_string(text.decode(data)).encode()
-    return b'"%b"' % data
-
-
-def _strings(data: bytes) -> tuple[str, ...]:
-    """Strings with a NUL after each; the last may have been cut before its own."""
-    return tuple(text.decode(data.removesuffix(b"\0")).split("\0")) if data else ()
-
-
-def _json_strings(data: bytes) -> bytes:
-    if not data:
-        return b"[]"
-    if data.translate(None, _PLAIN_OR_NUL):
-        return ("[" + ",".join(map(text.json_string, _strings(data))) + "]").encode()
-    return b'["%b"]' % data.removesuffix(b"\0").replace(b"\0", b'","')
-
-
-def _json_value(value: Any) -> bytes:
-    match value:
-        case str():
-            return text.json_string(value).encode()
-        case bytes():
-            return _json_text(value)
-        case int() if not isinstance(value, bool):
-            return b"%d" % value  # of any size
-        case Event():
-            members = (b'"%b":%b' % (name.encode(), _json_value(of)) for name, of in vars(value).items())
-            return b"{%b}" % b",".join(members)
-        case tuple():
-            return b"[%b]" % b",".join(map(_json_value, value))
-    return orjson.dumps(value)
-
-
-def _moment(nanoseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=nanoseconds // 1000)
-
-
-class _Seconds(dict[int, bytes]):
-    """The text of a time up to its seconds."""
-
-    def __missing__(self, second: int) -> bytes:
-        if len(self) >= _CACHED_STRINGS:
-            self.clear()
-        self[second] = made = f"{_EPOCH + timedelta(seconds=second):%Y-%m-%dT%H:%M:%S}".encode()
-        return made
-
-
-_seconds = _Seconds()
-
-
-def _rfc3339(nanoseconds: int) -> bytes:
-    second, rest = divmod(nanoseconds, 1_000_000_000)
-    return b'"%b.%06dZ"' % (_seconds[second], rest // 1000)
-
-
-def encode_lost(lost: Iterable[Lost]) -> bytes:
-    """Losses as JSON lines, of a form that no event has."""
-    option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z
-    return b"".join(orjson.dumps({"lost": one}, option=option) for one in lost)
 
 
 def misfit(event_type: type[Any], plan: Layout, size: int) -> DecodeError:

@@ -102,8 +102,34 @@ class StreamBusyError(EbpfStreamError):
 
 
 class SinkError(EbpfStreamError):
-    """A sink could not take what it was given."""
+    """A sink cannot go on, or not begin; what it was given may be offered to another one."""
+
+
+class SinkUnavailableError(SinkError):
+    """A sink cannot take this now: its disk is full, its server away.  Offered again later, it may.
+
+    `taken` is how many of the batch's events, its first ones, have arrived; what is offered again is the rest.
+    """
+
+    def __init__(self, message: str, taken: int = 0) -> None:
+        super().__init__(message)
+        self.taken = taken
+
+
+class SinkRejectedError(SinkError):
+    """A sink will never take this batch, however often it is offered; the next one it may.
+
+    `taken` is how many of the batch's events, its first ones, have arrived nevertheless.
+    """
+
+    def __init__(self, message: str, taken: int = 0) -> None:
+        super().__init__(message)
+        self.taken = taken
 
 
 class SinkClosedError(SinkError):
     """The sink's other end is gone (a closed pipe), so no send can ever succeed again."""
+
+
+class QueueFullError(SinkError):
+    """A sink's queue is full, and the sink was to fail then (`when_full="fail"`)."""

@@ -124,6 +124,8 @@ class Event:
 
     __layout__: ClassVar[Layout | None] = None
     """Set where the layout is not that of the fields' annotations: in types that are made of C."""
+    __schema_version__: ClassVar[int | None] = None
+    """Grows when a field of its JSON lines goes, or means something else; None where nobody promises that."""
 
 
 E = TypeVar("E", bound=Event)

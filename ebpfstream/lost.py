@@ -1,4 +1,4 @@
-"""What a stream tells of events that never came."""
+"""What a stream, or a sink's queue, tells of events that never came."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from datetime import datetime
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Events that never came, because the kernel's buffer had no room for them."""
+    """Events that never came, because the kernel's buffer, or a sink's queue, had no room for them."""
 
-    cpu: int
-    """The CPU on which they happened."""
+    cpu: int | None
+    """The CPU on which they happened; None for those that a sink's queue had no room for."""
     count: int | None
     """How many; None where the kernel does not say."""
     first_sequence: int | None = None

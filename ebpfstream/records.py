@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # Records of equal length, one after the other: where the first begins, bytes from one to the next,
@@ -21,6 +22,12 @@ class Records(NamedTuple):
     runs: list[Run]
     discarded: int = 0
     padding: int = 0
+
+    def samples(self) -> Iterator[bytes]:
+        """Each record's sample."""
+        for position, stride, size, count in self.runs:
+            for start in range(position + self.prefix, position + self.prefix + stride * count, stride):
+                yield bytes(self.data[start : start + size])
 
     def cut(self, start: int, stop: int) -> Records:
         """The records from the one numbered `start` to before `stop`; the bytes are shared."""

@@ -1,4 +1,4 @@
-"""The ledger: what became of every event."""
+"""The ledgers: what became of every event, in a stream and on its way to sinks."""
 
 from __future__ import annotations
 
@@ -93,3 +93,68 @@ class Statistics:
             if count:
                 line += f", {count} {name}"
         return line
+
+
+@dataclass(frozen=True, slots=True)
+class SinkStatistics:
+    """One sink's ledger at one moment.
+
+    Counts are events unless said otherwise; they balance at any moment:
+
+        accepted == acknowledged + dropped + failed + in_flight
+    """
+
+    name: str
+    """The sink's."""
+    accepted: int = 0
+    """Events that were to go to the sink."""
+    acknowledged: int = 0
+    """Events that have arrived where the sink sends to."""
+    dropped: int = 0
+    """Events for which its queue had no room, or for which it had no time left at the end."""
+    failed: int = 0
+    """Events that the sink will never take, or that do not fit their type; in the dead letters, if there are any."""
+    in_flight: int = 0
+    """Events in the queue, or on their way; 0 at the end."""
+    batches: int = 0
+    """How many batches, or parts of them, have been acknowledged."""
+    retries: int = 0
+    """How often the sink was unavailable, and was offered the same again later."""
+    queue_size: int = 0
+    """Bytes for which the queue has room."""
+    queued: int = 0
+    """Bytes that wait in it now."""
+    queued_most: int = 0
+    """The most bytes that have waited in it."""
+    last_error: str = ""
+    """What the sink last said that it could not do."""
+
+    def __str__(self) -> str:
+        line = f"{self.name}: {self.acknowledged} of {self.accepted} events"
+        for count, name in (
+            (self.dropped, "dropped"),
+            (self.failed, "failed"),
+            (self.in_flight, "on their way"),
+        ):
+            if count:
+                line += f", {count} {name}"
+        if self.retries:
+            line += f"; unavailable {self.retries} times"
+        return line if not self.last_error else f"{line}; last: {self.last_error}"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardStatistics:
+    """The ledgers of a stream and of the sinks that it is forwarded to.
+
+    stream.delivered == filtered + accepted, for each sink
+    """
+
+    stream: Statistics
+    sinks: tuple[SinkStatistics, ...] = ()
+    filtered: int = 0
+    """Events that `where` left out."""
+
+    def __str__(self) -> str:
+        first = f"{self.stream}, {self.filtered} left out by where" if self.filtered else str(self.stream)
+        return "\n".join([first, *map(str, self.sinks)])

@@ -281,6 +281,11 @@ class EventStream(Generic[E_co]):
                 self._source.detach()
         return self._buffer
 
+    @property
+    def event_type(self) -> type[E_co]:
+        """The class of its events."""
+        return self._event_type
+
     def statistics(self) -> Statistics:
         """The ledger so far; after closing, the final one."""
         counters = self._final or self._source.counters()

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from ebpfstream.batch import EventBatch
+from ebpfstream.lost import Lost
 from ebpfstream.text import printable
 
 # Field, width, SGR colour; numbers are aligned to the right.  The rest of the line is the last one's.
@@ -39,7 +40,10 @@ class Table:
             self._columns = [column for column in _COLUMNS if column[0] in names]
             self._columns = self._columns or [(name, len(name), "") for name in names]
             lines.append(self._line([name.upper() for name, _, _ in self._columns], "1"))
-        lines += [self._line(self._values(event)) for event in batch]
+        lines += [
+            self._lost(event) if isinstance(event, Lost) else self._line(self._values(event))
+            for event in batch
+        ]
         return "".join(lines).encode()
 
     def _values(self, event: Any) -> list[Any]:
@@ -47,6 +51,11 @@ class Table:
         if error := getattr(event, "error", ""):
             values[-1] = f"({error}) {values[-1]}"
         return values
+
+    def _lost(self, lost: Lost) -> str:
+        count = "an unknown number of" if lost.count is None else lost.count
+        line = f"-- {count} events lost {'in the queue' if lost.cpu is None else f'on CPU {lost.cpu}'} --"
+        return f"\x1b[31m{line}\x1b[0m\n" if self._colour else f"{line}\n"
 
     def _line(self, values: list[Any], heading: str = "") -> str:
         cells = []

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfstream import codec, text
+from ebpfstream import codec, text, values
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import DecodeError, EventTypeError
 from ebpfstream.events import (
@@ -442,8 +442,8 @@ def test_a_class_with_code_of_its_own_is_called(kind: type[Any], pid: int) -> No
 
 
 def test_strings_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "_CACHED_STRINGS", 4)
-    texts, json_texts, seconds = codec._Texts(), codec._JsonTexts(), codec._Seconds()
+    monkeypatch.setattr(values, "_CACHED_STRINGS", 4)
+    texts, json_texts, seconds = values.Texts(), values.JsonTexts(), values._Seconds()
     for number in range(50):
         name = b"n%d" % number
         assert texts[name + b"\0rest\0"] == name.decode()

@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # one package that is listed in PACKAGES import one another.
 LAYERS = (
     ("errors", "lost", "records", "text", "statistics"),
-    ("events", "turns"),
+    ("events", "turns", "options"),
+    ("sink_url",),
     ("c_types", "unpacking"),
     ("descriptions",),
+    ("values",),
     ("codec", "losses"),
     ("columns",),
     ("batch",),
@@ -37,16 +39,28 @@ LAYERS = (
     ("stream",),
     ("outputs", "programs", "hooks", "snapshots"),
     ("loader",),
-    ("tracers", "sink", "table"),
-    ("sinks",),
+    ("tracers", "sink", "table", "redaction"),
+    ("sinks", "shaping", "schema", "dead_letters"),
+    ("outlet",),
     ("forwarding",),
-    ("cli",),
+    ("cli", "testing"),
     ("__main__",),
 )
-PACKAGES = {"kernel"}
+PACKAGES = {"kernel", "sinks", "testing"}
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-SINKS_SEE = {"batch", "errors", "events", "sink", "table", "text"}
+SINKS_SEE = {
+    "batch",
+    "errors",
+    "events",
+    "options",
+    "sink",
+    "sink_url",
+    "sinks.rotation",
+    "table",
+    "text",
+    "turns",
+}
 
 # Libraries that are costly or optional, and who may import them.
 IMPORTERS: dict[str, set[str]] = {
@@ -54,8 +68,9 @@ IMPORTERS: dict[str, set[str]] = {
     "bcc": set(),  # kernel/bcc.py loads it from its folder, by another name
     "click": {"cli"},
     "numpy": {"batch", "columns"},
-    "orjson": {"codec"},
+    "orjson": {"cli", "dead_letters", "values"},
     "system_calls": {"syscall_names"},
+    "zstandard": {"sinks.file", "sinks.rotation"},
 }
 LOADED_BY_PATH = {"spec_from_file_location": {"kernel.bcc"}}
 

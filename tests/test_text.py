@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ebpfstream import codec, text
+from ebpfstream import text, values
 
 # Pieces that make trouble, beside arbitrary bytes.
 _pieces = st.sampled_from(
@@ -106,14 +106,14 @@ def test_every_ascii_byte_in_json(byte: int) -> None:
     data = b"a" + bytes([byte])
     named = {0x22: r"\"", 0x5C: r"\\", 8: r"\b", 9: r"\t", 10: r"\n", 12: r"\f", 13: r"\r"}
     shown = named.get(byte, chr(byte) if 0x20 <= byte < 0x7F else f"\\u{byte:04x}")
-    assert codec._json_text(data) == f'"a{shown}"'.encode()
+    assert values.json_text(data) == f'"a{shown}"'.encode()
     if byte:
-        assert codec._json_strings(data + b"\0" + data + b"\0") == f'["a{shown}","a{shown}"]'.encode()
+        assert values.json_strings(data + b"\0" + data + b"\0") == f'["a{shown}","a{shown}"]'.encode()
 
 
 def test_c1_controls_in_json() -> None:
     for code in range(0x80, 0xA0):
-        assert codec._json_text(chr(code).encode()) == f'"\\u{code:04x}"'.encode()
+        assert values.json_text(chr(code).encode()) == f'"\\u{code:04x}"'.encode()
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_c1_controls_in_json() -> None:
     ],
 )
 def test_empty_strings_are_strings(data: bytes, strings: list[str]) -> None:
-    assert codec._strings(data) == tuple(strings)
-    assert json.loads(codec._json_strings(data)) == strings
+    assert values.strings(data) == tuple(strings)
+    assert json.loads(values.json_strings(data)) == strings
 
 
 def test_command_lines_of_plain_words_with_blanks_and_nothing() -> None:

@@ -37,6 +37,8 @@ class ExecEvent(Event):
     sees.
     """
 
+    __schema_version__ = 1
+
     pid: U32
     """The process (the kernel's tgid)."""
     uid: U32

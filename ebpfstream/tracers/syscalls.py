@@ -77,6 +77,8 @@ class SyscallEvent(Event):
     sees, and what they were when the call began.
     """
 
+    __schema_version__ = 1
+
     pid: U32
     """The process (the kernel's tgid)."""
     uid: U32

@@ -1,0 +1,85 @@
+"""Addresses of sinks: `scheme://host/path?option=value&…`, and the arguments they mean."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self, get_type_hints
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from ebpfstream import options
+from ebpfstream.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class SinkURL:
+    """An address taken apart; percent-encoded characters stand for themselves in all parts."""
+
+    text: str
+    """The whole of it, as it was given."""
+    scheme: str
+    host: str
+    """What stands between `//` and the next slash: hosts, ports; empty without."""
+    path: str
+    options: dict[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ArgumentError for what is no address."""
+        parts = urlsplit(text)
+        if not parts.scheme:
+            raise ArgumentError(
+                f"{text!r} names no kind of sink: write it as SCHEME:…, for example file:{text}"
+            )
+        if parts.fragment:
+            raise ArgumentError(f"{text!r}: write # as %23")
+        pairs = parse_qsl(parts.query, keep_blank_values=True)
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            raise ArgumentError(f"{text!r} gives an option twice")
+        return cls(text, parts.scheme, unquote(parts.netloc), unquote(parts.path), given)
+
+    def arguments(self, function: Callable[..., Any], *, without: str = "") -> dict[str, Any]:
+        """The options as keyword arguments for a function or a class, each of the type that its annotation says.
+
+        `without` names parameters, separated by spaces, that are no options.  Raises ArgumentError for what it does
+        not take, or not in this form, and says what it does.
+        """
+        hints = _parameters(function, without.split())
+        for name in self.options:
+            if name not in hints:
+                raise ArgumentError(
+                    f"{self.text!r}: there is no option {name!r}{_what_there_is(name, hints)}"
+                )
+        made = {}
+        for name, text in self.options.items():
+            try:
+                made[name] = options.parse(text, hints[name])
+            except ArgumentError as error:
+                raise ArgumentError(f"{self.text!r}: {name}={error}") from None
+        return made
+
+
+def _parameters(function: Callable[..., Any], without: list[str]) -> dict[str, Any]:
+    """Names and types of what can be given by keyword, `**options: Unpack[…]` included."""
+    initializer = getattr(function, "__init__") if isinstance(function, type) else function  # noqa: B009
+    hints = get_type_hints(initializer, include_extras=True)
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(initializer).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and name in hints:
+            (options_type,) = hints[name].__args__
+            found |= get_type_hints(options_type, include_extras=True)
+        elif parameter.kind is parameter.KEYWORD_ONLY or (
+            parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self"
+        ):
+            found[name] = hints.get(name, str)
+    return {name: hint for name, hint in found.items() if name not in without}
+
+
+def _what_there_is(name: str, hints: dict[str, Any]) -> str:
+    if near := difflib.get_close_matches(name, hints, 1):
+        return f"; did you mean {near[0]!r}?"
+    listed = ", ".join(f"{name} ({options.describe(hint)})" for name, hint in hints.items())
+    return f"; there are: {listed}" if listed else "; it takes none"

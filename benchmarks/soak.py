@@ -177,7 +177,7 @@ class Book:
         self.numbers: list[int] = []  # of execs, as the producer counts them
         self.problems: list[str] = []
         self._next: dict[int, int] = defaultdict(int)
-        self._missing: dict[int, int] = defaultdict(int)
+        self._missing: dict[int | None, int] = defaultdict(int)
 
     def note(self, item: ExecEvent | SyscallEvent | Lost) -> None:
         """An event must come just as much later as was said to be lost before it."""

@@ -62,8 +62,8 @@ class Sink(ABC):
     - DecodeError: a record does not fit its type.  Nothing of the batch has arrived; it is offered again without it.
     - SinkClosedError: the other end is gone for good; any other SinkError: the sink cannot go on.  Forwarding ends.
 
-    An awaitable raises SinkRejectedError, or what ends the forwarding: whoever sends ahead repeats by itself, in the old order.  Errors of a
-    library or of the system never come out as they are.
+    An awaitable raises SinkRejectedError, or what ends the forwarding: whoever sends ahead repeats by itself, in the
+    old order.  Errors of a library or of the system never come out as they are.
 
     **Cancelling.**  Each method may be cancelled at any await.  A batch whose `send` was cancelled has arrived as a
     whole, in part, or not at all; what arrived of it are whole events, in order, or what is sent next completes what is

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfstream import codec, text, values
+from ebpfstream import text, values
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import DecodeError, EventTypeError
 from ebpfstream.events import (

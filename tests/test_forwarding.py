@@ -155,7 +155,7 @@ async def test_losses_alone_are_forwarded_and_do_not_end_it(
 
 
 async def test_a_function_is_a_sink(hand: Hand) -> None:
-    seen = []
+    seen: list[int] = []
 
     async def take(batch: EventBatch[Any]) -> None:
         await checkpoint()

@@ -26,7 +26,9 @@ pytestmark = pytest.mark.kernel
 COMMAND = [sys.executable, "-m", "ebpfstream"]
 # With another deadline, so that a test need not wait for the real one.
 WITH_DEADLINE = "import sys; from ebpfstream import cli; cli._DEADLINE = float(sys.argv.pop(1)); cli.main()"
-LEDGER = re.compile(r"ebpfstream: (\d+) delivered; (\d+) tried = (\d+) submitted \+ (\d+) lost(.*)\n\Z")
+LEDGER = re.compile(
+    r"ebpfstream: (\d+) delivered; (\d+) tried = (\d+) submitted \+ (\d+) lost(.*)\n(?:ebpfstream: stdout: .*\n)?\Z"
+)
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def test_one_signal_ends_it_by_its_deadline(full_pipe: tuple[int, int]) -> None:
         began = time.monotonic()
         command.send_signal(signal.SIGTERM)
         _, errors = command.communicate(timeout=10)
-    assert 0.3 <= time.monotonic() - began < 3
+    assert 0.2 <= time.monotonic() - began < 3  # four fifths of it are for delivering
     assert command.returncode == -signal.SIGTERM
     assert LEDGER.match(errors.decode())
 

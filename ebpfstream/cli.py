@@ -123,9 +123,9 @@ def execve(
     """Show every program that this machine executes, or send it elsewhere.
 
     \b
-    Examples: the next ten, into a file; all of them, into files of 100 MB and to the screen
+    Examples: the next ten, into a file; all, into files of 100 MB and shown
         ebpfstream execve --count 10 --format json > execs.jsonl
-        ebpfstream execve --to 'file:execs.jsonl?rotate=100MB' --to stdout:
+        ebpfstream execve --to 'file:x.jsonl?rotate=100MB' --to stdout:
 
     Ends with Ctrl-C, SIGTERM, or when nobody reads its output any more; what has happened until then
     is written, and the last lines on standard error say how many events there were and how many

@@ -114,7 +114,7 @@ static __always_inline void submit(void *ctx, struct counters *counters, void *e
 	}
 #ifndef PERF_BUFFER
 	/* All that a ring buffer says is EAGAIN (____bpf_ringbuf_output(), kernel/bpf/ringbuf.c). */
-	if (size + 8 > bpf_ringbuf_query(MAP(OUTPUT), BPF_RB_RING_SIZE))
+	if (size + 16 > bpf_ringbuf_query(MAP(OUTPUT), BPF_RB_RING_SIZE))
 		error = -E2BIG;
 #endif
 	if (error == -EAGAIN || error == -ENOSPC)

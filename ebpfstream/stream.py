@@ -185,7 +185,7 @@ class EventStream(Generic[E_co]):
 
     async def next_batch(self, most: int | None = None) -> EventBatch[E_co] | None:
         """What `batches()` yields, or None at the end; not more than `most` events, the others come next."""
-        batch = self._rest_in_hand() or await self._next_batch()
+        batch = await self._next_batch() if (rest := self._rest_in_hand()) is None else rest
         if batch is None:
             return None
         part = batch[:most]

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import errno
+import struct
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from anyio.to_thread import run_sync
 
-from ebpfstream import ArgumentError, EventStream, Lost, LostError, Sampling, UnsupportedError
+from ebpfstream import (
+    U32,
+    U64,
+    ArgumentError,
+    Event,
+    EventBatch,
+    EventStream,
+    Lost,
+    LostError,
+    Sampling,
+    Statistics,
+    StreamClosedError,
+    UnsupportedError,
+)
+from ebpfstream.kernel import bpf as kernel
+from ebpfstream.kernel.bpf import Descriptor
 from ebpfstream.kernel.buffers import Kind
+from ebpfstream.kernel.links import RawTracepoint
+from ebpfstream.kernel.perfbuf import PerfBuffer
+from ebpfstream.losses import Gaps
+from ebpfstream.outputs import Output
+from ebpfstream.readymade import ReadyMade
+from ebpfstream.records import Records
 from ebpfstream.stream import OnLost
 from tests.kernel import flood
 from tests.kernel.flood import FloodEvent, known
 from tests.kernel.test_loader import counting
+from tests.test_stream import Hand, Number
 
 pytestmark = [pytest.mark.kernel, pytest.mark.anyio]
 
@@ -90,6 +118,83 @@ async def test_batches_carry_losses_into_json(kind: Kind, tmp_path: Path) -> Non
     assert batches[-1][len(batches[-1]) :].lost == (() if len(batches[-1]) else (lost,))
 
 
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@dataclass
+class Numbered(Event):
+    sequence: U64
+    cpu: U32
+    program: U32
+
+
+def numbered(*events: tuple[int, int, int], size: int = 16) -> Records:
+    """Records of a CPU, a program and a number each."""
+    data = b"".join(struct.pack("<8xQII", number, cpu, program) for cpu, program, number in events)
+    return Records(data, 8, [(0, 24, size, len(events))])
+
+
+def test_gaps_are_each_programs_and_told_for_each_cpu() -> None:
+    gaps = Gaps(Numbered)
+    found = gaps.find(numbered((1, 0, 2), (0, 0, 1), (0, 1, 3), (1, 0, 4), (2, 1, 0)), NOW)
+    assert found == (Lost(0, 4, time=NOW), Lost(1, 3, 0, 3, NOW))
+    assert gaps.find(numbered((1, 0, 5), (0, 1, 4), (0, 0, 2), (2, 1, 1)), NOW) == ()
+    assert gaps.find(numbered((1, 0, 90), size=8), NOW) == ()  # too short to have a number
+    ends = {(3, 1): 3, (0, 0): 3, (0, 1): 7, (1, 0): 6, (2, 1): 2}
+    assert gaps.rest(ends, NOW) == (Lost(0, 2, 5, 6, NOW), Lost(3, 3, 0, 2, NOW))
+    assert gaps.rest(ends, NOW) == ()
+
+
+class Losing(Hand):
+    """Tells with each batch, and at the end, of the losses that come next."""
+
+    def __init__(self, *told: tuple[Lost, ...]) -> None:
+        super().__init__()
+        self._told = deque(told)
+
+    def losses(self, records: Records | None, time: datetime) -> tuple[Lost, ...]:
+        assert time.tzinfo is UTC
+        return self._told.popleft() if self._told else ()
+
+
+async def test_whoever_cuts_a_batch_has_its_losses_once_and_first() -> None:
+    first, second = Lost(0, 3), Lost(1, 2)
+    hand = Losing((first, second), (first, second), (), (first, second))
+    async with EventStream(hand, Number, latency=0, on_lost="yield") as stream:
+        events: EventStream[Any] = stream
+
+        async def batch(most: int | None = None) -> list[Any]:
+            found = await events.next_batch(most)
+            assert found is not None
+            return list(found)
+
+        hand.submit(0, 1, 2, 3)
+        assert await batch(1) == [first, second, Number(0)]
+        assert await batch(1) == [Number(1)]
+        assert [await anext(events), *await batch()] == [Number(2), Number(3)]
+        hand.submit(4, 5)
+        assert [await anext(events), *await batch()] == [first, second, Number(4), Number(5)]
+        hand.submit(6)
+        assert await anext(events) == Number(6)
+        events.detach()
+        assert await anext(events) == first
+        assert await batch() == [second]
+        assert await events.next_batch() is None
+    hand.give_back()
+
+
+def test_in_json_losses_stand_before_the_events() -> None:
+    data = b"".join(struct.pack("<8xQ", number) for number in (7, 8))
+    batch = EventBatch(Number, Records(data, 8, [(0, 16, 8, 2)]), 0, (Lost(0, 3, 4, 6, NOW), Lost(2, None)))
+    one = (
+        b'{"lost":{"cpu":0,"count":3,"first_sequence":4,"last_sequence":6,"time":"2026-01-02T03:04:05Z"}}\n'
+        b'{"lost":{"cpu":2,"count":null,"first_sequence":null,"last_sequence":null,"time":null}}\n'
+        b'{"number":7}\n'
+    )
+    assert batch.to_json_lines() == one + b'{"number":8}\n'
+    assert [batch[:1].to_json_lines(), batch[1:].to_json_lines()] == [one, b'{"number":8}\n']
+
+
 async def test_losses_are_raised_and_the_stream_goes_on(kind: Kind, tmp_path: Path) -> None:
     seen: list[int] = []
     lost: list[Lost] = []
@@ -138,6 +243,46 @@ async def test_losses_by_cause(tmp_path: Path) -> None:
     assert known(statistics.submitted) + known(statistics.lost) == statistics.tried == 6400
 
 
+@pytest.mark.parametrize("size", [4080, 4081])
+async def test_a_ring_is_never_quite_full(size: int, tmp_path: Path) -> None:
+    """Of 4,096 bytes, 8 stay free, and the record's header takes 8."""
+    path = tmp_path / "flood.c"
+    with flood.producing(cpu=0) as producer:
+        path.write_text(
+            f"#define TARGET {producer.pid}\n#define LENGTH(n) ({size} - sizeof(struct flood_event))\n"
+            + Path(flood.__file__).with_name("flood.c").read_text()
+        )
+        source = ReadyMade(
+            path, FloodEvent, {"flood": RawTracepoint("sys_enter")}, buffer="ring", buffer_size=4096
+        )
+        async with EventStream(source, FloodEvent) as events:
+            await run_sync(make, producer, 3)
+    statistics = events.statistics()
+    found = statistics.submitted, statistics.lost_full, statistics.lost_too_large
+    assert found == ((1, 2, 0) if size == 4080 else (0, 0, 3))
+
+
+async def test_losses_of_a_perf_buffer_by_cause(tmp_path: Path) -> None:
+    slot, clock = struct.pack("<I", 0), struct.pack("<IIQ", 1, 112, 0).ljust(112, b"\0")
+    with flood.producing(cpu=0) as producer:
+        async with stream(tmp_path, producer.pid, "perf") as events:
+            await run_sync(make, producer, 3000)
+            full = events.statistics().lost
+            buffer = events._buffer
+            assert buffer is not None
+            # An event that takes no samples.
+            other = Descriptor(kernel.perf_event_open(clock, 0))
+            buffer.map.update(slot, struct.pack("<I", other.fd))
+            await run_sync(make, producer, 7)
+            buffer.unplug()
+            await run_sync(make, producer, 5)
+            other.close()
+    ledger = events.statistics()
+    assert (ledger.lost_full, ledger.lost_too_large) == (full, 0)
+    assert (ledger.lost_no_buffer, ledger.lost_otherwise, ledger.lost_errno) == (5, 7, errno.EINVAL)
+    assert ledger.lost == known(full) + 12 > 12
+
+
 async def test_a_pause_is_counted(kind: Kind, tmp_path: Path) -> None:
     with flood.producing(cpu=0) as producer:
         async with stream(tmp_path, producer.pid, kind, buffer_size=1 << 24) as events:
@@ -155,6 +300,26 @@ async def test_a_pause_is_counted(kind: Kind, tmp_path: Path) -> None:
     assert (statistics.tried, statistics.skipped, statistics.submitted, statistics.lost) == (50, 30, 20, 0)
     assert statistics.complete is False
     assert str(statistics).startswith("20 delivered; 50 tried = 20 submitted + 0 lost + 30 skipped")
+
+
+async def test_a_pause_before_the_beginning_and_after_the_end(kind: Kind, tmp_path: Path) -> None:
+    with flood.producing(cpu=0) as producer:
+        events = stream(tmp_path, producer.pid, kind)
+        events.pause()
+        async with events:
+            await run_sync(make, producer, 5)
+            events.resume()
+            await run_sync(make, producer, 1)
+            assert (await anext(events)).weight == 6
+    for change in events.pause, events.resume:
+        with pytest.raises(StreamClosedError):
+            change()
+
+
+def test_what_is_unknown_is_not_called_complete() -> None:
+    assert Statistics(lost=None).complete is None
+    assert Statistics(misses=None).complete is None
+    assert Statistics(lost=None, skipped=1).complete is Statistics(lost=1, misses=None).complete is False
 
 
 async def test_sampling_under_pressure(kind: Kind, tmp_path: Path) -> None:
@@ -197,6 +362,31 @@ async def test_sampling_under_pressure(kind: Kind, tmp_path: Path) -> None:
         assert known(statistics.skipped) > 0
 
 
+async def test_the_marks_of_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly, where the programs are told how full the buffer is: with each batch, and paused all the same."""
+    filled = [0]
+    monkeypatch.setattr(PerfBuffer, "fill", lambda _: (filled[0], 100))
+    with flood.producing(cpu=0) as producer:
+        sampling = Sampling(one_in=4, high=0.5, low=0.25)
+        async with stream(tmp_path, producer.pid, "perf", overload=sampling) as events:
+            await run_sync(make, producer, 1)
+            for filled[0], kept in (49, 8), (50, 2), (26, 2), (25, 8), (49, 8), (100, 2), (0, 8), (100, 2):
+                await events.next_batch()
+                await run_sync(make, producer, 8)
+                batch = await events.next_batch()
+                assert batch is not None
+                assert len(batch) == kept
+                await run_sync(make, producer, 8)
+            events.pause()
+            await events.next_batch()
+            before = events.statistics().submitted
+            await run_sync(make, producer, 8)
+            assert events.statistics().submitted == before
+            events.resume()
+            await run_sync(make, producer, 8)
+            assert events.statistics().submitted == known(before) + 2
+
+
 WRONG: dict[str, Callable[[Path], object]] = {
     "on_lost='foo' is unknown": lambda path: stream(path, 1, "ring", "foo"),  # type: ignore[arg-type]
     "overload='foo' is unknown": lambda path: stream(path, 1, "ring", overload="foo"),
@@ -235,3 +425,16 @@ async def test_what_is_known_of_a_program_of_ones_own() -> None:
                 > 0
             )
             assert {one.cpu for one in lost} == {0}
+
+
+def test_losses_of_a_perf_buffer_of_ones_own_are_told_once_for_each_cpu() -> None:
+    """A CPU that went and came back has two rings."""
+    buffer = PerfBuffer.__new__(PerfBuffer)
+    rings: Any = [SimpleNamespace(cpu=cpu, lost=lost) for cpu, lost in ((0, 3), (1, 4), (0, 2), (2, 0))]
+    buffer._rings = rings
+    unused: Any = None
+    output = Output(buffer, start=unused, submitters=unused, release=unused)
+    assert output.losses(None, NOW) == (Lost(0, 5, time=NOW), Lost(1, 4, time=NOW))
+    rings[2].lost += 6
+    assert output.losses(None, NOW) == (Lost(0, 6, time=NOW),)
+    assert output.losses(None, NOW) == ()

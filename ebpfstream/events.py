@@ -124,6 +124,8 @@ class Event:
 
     __layout__: ClassVar[Layout | None] = None
     """Set where the layout is not that of the fields' annotations: in types that are made of C."""
+    __annotated_layout__: ClassVar[Layout | None] = None
+    """That of the annotations, once it has been asked for."""
     __schema_version__: ClassVar[int | None] = None
     """Grows when a field of its JSON lines goes, or means something else; None where nobody promises that."""
 
@@ -157,9 +159,14 @@ def layout(event_type: type[Event]) -> Layout:
 
     Raises EventTypeError for a class that is no dataclass or has a field without a C type.
     """
-    made: Layout | None = vars(event_type).get("__layout__")  # of its own: a subclass may have more fields
-    if made is not None:
-        return made
+    own = vars(event_type)  # not its base's: a subclass may have more fields
+    made: Layout | None = own.get("__layout__") or own.get("__annotated_layout__")
+    if made is None:
+        event_type.__annotated_layout__ = made = _annotated_layout(event_type)
+    return made
+
+
+def _annotated_layout(event_type: type[Event]) -> Layout:
     name = event_type.__name__
     if "__dataclass_fields__" not in vars(event_type):
         raise EventTypeError(f"{name} is not a dataclass: write @dataclass above the class")

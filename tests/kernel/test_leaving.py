@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.tracepipe import TraceStream
 from ebpfstream.snapshots import Snapshots
 from ebpfstream.syscall_names import numbers
+from ebpfstream.testing import cancelled_at, ways_to_cancel
 from tests.kernel import flood, objects
 from tests.kernel.flood import FloodEvent
 
@@ -383,67 +384,17 @@ def happen() -> None:
     subprocess.run(["true"], check=True)
 
 
-class Stepwise:
-    """Awaits a coroutine, and calls a function at its `at`th suspension, or also at all that follow."""
-
-    def __init__(
-        self, coroutine: Coroutine[Any, Any, None], at: int, call: Callable[[], object], again: bool
-    ) -> None:
-        self._coroutine, self._at, self._call, self._again = coroutine, at, call, again
-        self.steps = 0
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        step: Callable[[Any], Any] = self._coroutine.send
-        value: Any = None
-        while True:
-            try:
-                yielded = step(value)
-            except StopIteration:
-                return
-            if self.steps == self._at or (self._again and self.steps > self._at):
-                self._call()
-            self.steps += 1
-            try:
-                value = yield yielded
-                step = self._coroutine.send
-            except BaseException as error:
-                value, step = error, self._coroutine.throw
-
-
-async def cancelled_at(step: int, coroutine: Coroutine[Any, Any, None], how: str) -> bool:
-    """Run it, cancelled at a step; whether it has come so far."""
-    if how == "scope":
-        with anyio.CancelScope() as scope:
-            stepwise = Stepwise(coroutine, step, scope.cancel, again=False)
-            await stepwise
-    else:
-
-        async def run() -> None:
-            nonlocal stepwise
-            task = asyncio.current_task()
-            assert task is not None
-            stepwise = Stepwise(coroutine, step, task.cancel, again=how == "again and again")
-            await stepwise
-
-        with suppress(asyncio.CancelledError):
-            await asyncio.create_task(run())
-    return stepwise.steps > step
-
-
-WAYS: Final = {"asyncio": ("scope", "task", "again and again"), "trio": ("scope",)}
-
-
 @pytest.mark.anyio
 @pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("kind", OPENED)
-async def test_cancelled_at_each_await(kind: str, anyio_backend: tuple[str, dict[str, Any]]) -> None:
+async def test_cancelled_at_each_await(kind: str) -> None:
     """By a cancel scope, and by asyncio itself, which knows no shield; once, and whenever it waits again."""
     await use(OPENED[kind]())
-    for how in WAYS[anyio_backend[0]]:
+    for how in ways_to_cancel():
         before = Held.now()
         for step in range(100):
             made = OPENED[kind]()
-            came = await cancelled_at(step, use(made), how)
+            came = (await cancelled_at(step, use(made), how)).reached
             # At once, while it is still there.
             assert Held.now() == before, (how, step)
             if not came:
@@ -453,7 +404,7 @@ async def test_cancelled_at_each_await(kind: str, anyio_backend: tuple[str, dict
 
 
 @pytest.mark.anyio
-async def test_cancelled_while_it_compiles(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+async def test_cancelled_while_it_compiles() -> None:
     async def compiling() -> None:
         module = await compiler.compile(TEXT, ["-DTARGET=1", "-DGETPPID=1"])
         for made in module.maps.values():
@@ -461,9 +412,9 @@ async def test_cancelled_while_it_compiles(anyio_backend: tuple[str, dict[str, A
 
     await compiling()
     before = Held.now()
-    for how in WAYS[anyio_backend[0]]:
+    for how in ways_to_cancel():
         for step in range(100):
-            came = await cancelled_at(step, compiling(), how)
+            came = (await cancelled_at(step, compiling(), how)).reached
             assert Held.now() == before, (how, step)
             if not came:
                 break

@@ -501,14 +501,19 @@ async def test_what_could_not_be_taken_back_at_once_is_later(disk: Path) -> None
     assert path.read_bytes() == lines(*range(1000, 2000))
 
 
+async def tear(sink: FileSink, path: Path) -> None:
+    """Leave a line in the file that is not whole, and cannot be taken back until now."""
+    path.with_name("ballast").write_bytes(bytes(4096 * 7))
+    set_append_only(path, True)
+    with pytest.raises(SinkUnavailableError):
+        await sink.send(batch(1000, 1000))
+    set_append_only(path, False)
+
+
 async def test_what_could_not_be_taken_back_is_when_it_closes(disk: Path) -> None:
     path = disk / "exec.jsonl"
-    (disk / "ballast").write_bytes(bytes(4096 * 7))
     async with FileSink(path) as sink:
-        set_append_only(path, True)
-        with pytest.raises(SinkUnavailableError):
-            await sink.send(batch(1000, 1000))
-        set_append_only(path, False)
+        await tear(sink, path)
     assert path.read_bytes() == lines(*range(1000, 1000 + 4096 // 11))
 
 
@@ -1231,12 +1236,8 @@ async def test_no_way_back_is_unavailable_until_there_is_one(path: Path) -> None
 
 async def test_what_was_torn_is_taken_back_before_it_is_left(disk: Path) -> None:
     path = disk / "exec.jsonl"
-    (disk / "ballast").write_bytes(bytes(4096 * 7))
     async with FileSink(path) as sink:
-        set_append_only(path, True)
-        with pytest.raises(SinkUnavailableError):
-            await sink.send(batch(1000, 1000))
-        set_append_only(path, False)
+        await tear(sink, path)
         path.rename(path.with_name("moved"))
         await sink.reopen()
     assert path.with_name("moved").read_bytes() == lines(*range(1000, 1000 + 4096 // 11))

@@ -26,10 +26,12 @@ from ebpfstream.errors import (
 )
 from ebpfstream.forwarding import Forwarding, forward
 from ebpfstream.lost import Lost
+from ebpfstream.outlet import Outlet
 from ebpfstream.records import Records
 from ebpfstream.sink import Sink
 from ebpfstream.statistics import ForwardStatistics, SinkStatistics
-from tests.test_stream import Hand, hand, numbers
+from ebpfstream.stream import EventStream
+from tests.test_stream import Hand, Number, hand, numbers
 
 pytestmark = pytest.mark.anyio
 __all__ = ["hand"]
@@ -140,9 +142,6 @@ async def test_losses_alone_are_forwarded_and_do_not_end_it(
 ) -> None:
     lost = [(Lost(0, 7),), (), (Lost(1, 2),)]
     monkeypatch.setattr(hand, "losses", lambda records, time: lost.pop(0) if lost else ())
-    from ebpfstream.stream import EventStream
-    from tests.test_stream import Number
-
     events, sink = EventStream(hand, Number, latency=0, on_lost="yield"), Noting("a")
     hand.ready.append(Records(b"", 0, []))
     hand.submit(1)
@@ -275,8 +274,6 @@ async def test_oldest_batches_are_dropped_and_told_where_they_are_missing(hand: 
 
 async def test_what_was_lost_before_is_told_with_what_is_dropped(hand: Hand) -> None:
     """Losses that belong to a batch that is dropped stay losses: one for each CPU."""
-    from ebpfstream.outlet import Outlet
-    from tests.test_stream import Number
 
     def batch(*lost: Lost) -> EventBatch[Number]:
         return EventBatch(Number, Records(bytes(16), 8, [(0, 16, 8, 1)]), 0, lost)
@@ -289,11 +286,7 @@ async def test_what_was_lost_before_is_told_with_what_is_dropped(hand: Hand) -> 
     outlet.finish()
     await outlet.send_all()
     told = {one.cpu: one for one in sink.numbers if isinstance(one, Lost)}
-    assert (told[0], told[1].count, known(told[None])) == (Lost(0, 5, 10, 22), None, 2)
-
-
-def known(lost: Lost) -> int | None:
-    return lost.count
+    assert (told[0], told[1].count, told[None].count) == (Lost(0, 5, 10, 22), None, 2)
 
 
 async def test_a_sink_that_blocks_sets_the_pace_and_loses_nothing(hand: Hand) -> None:
@@ -432,9 +425,6 @@ async def test_records_that_do_not_fit_are_left_out(hand: Hand, tmp_path: Path) 
 
 
 async def test_losses_of_a_batch_that_was_given_up_are_told_with_the_next(hand: Hand) -> None:
-    from ebpfstream.outlet import Outlet
-    from tests.test_stream import Number
-
     records = Records(bytes(16), 8, [(0, 16, 8, 1)])
     sink = Noting("a", None, SinkRejectedError("no"))
     outlet = Outlet(sink)

@@ -6,12 +6,14 @@ import logging
 import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import DecodeError, SinkError
+from ebpfstream.opening import alone, is_there, message, open_whole
 from ebpfstream.turns import in_thread
 
 _MODE: Final = 0o600
@@ -19,22 +21,26 @@ _log = logging.getLogger("ebpfstream")
 
 
 class DeadLetters:
-    """Appends to the file, one line for each event: time, sink, reason, and the event or the record's bytes."""
+    """Appends to the file, one line for each event: time, sink, reason, and the event or the record's bytes.
+
+    Several sinks may name the same file, those of other processes too.  A sink's own file is refused.  When it has been
+    moved away (logrotate), the next line goes to a new one.
+    """
 
     def __init__(self, path: str, sink: str) -> None:
-        self._path = path
+        self._path = Path(path)
         self._sink = sink
         self._fd = -1
 
     async def open(self) -> None:
-        """Raises SinkError."""
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        """Open the file, or create it; a last line that a crash tore is removed.  Raises SinkError."""
         try:
-            self._fd = await in_thread(os.open, self._path, flags, _MODE)
-        except OSError as error:
-            raise SinkError(
-                f"dead_letters={self._path!r} cannot be opened: {error.strerror}; give a file that can be written"
-            ) from error
+            await in_thread(self._open)
+        except SinkError as error:
+            raise SinkError(f"dead_letters={str(self._path)!r}: {error}") from error
+        except BaseException:
+            self.close()  # cancelled, it was opened nevertheless
+            raise
 
     async def add(self, batch: EventBatch[Any], reason: str) -> None:
         """Append a batch's events.  If that cannot be, this is logged: whoever sends goes on."""
@@ -52,17 +58,27 @@ class DeadLetters:
         try:
             await in_thread(self._write, lines)
         except OSError as error:
-            _log.error("%s: cannot append to the dead letters %s: %s", self._sink, self._path, error.strerror)
+            _log.error("%s: dead letters: %s", self._sink, message("append to", self._path, error))
+        except SinkError as error:
+            _log.error("%s: dead letters: %s", self._sink, error)
+
+    def _open(self) -> None:
+        self._fd = open_whole(self._path, _MODE, shared=True).fd
 
     def _write(self, lines: bytes) -> None:
-        end = os.fstat(self._fd).st_size
-        rest = memoryview(lines)
-        try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        except OSError:
-            os.ftruncate(self._fd, end)  # nothing torn stays
-            raise
+        if not is_there(self._path, self._fd):
+            old = self._fd
+            self._open()
+            os.close(old)
+        with alone(self._fd):
+            end = os.fstat(self._fd).st_size
+            rest = memoryview(lines)
+            try:
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+            except OSError:
+                os.ftruncate(self._fd, end)  # nothing torn stays
+                raise
 
     def close(self) -> None:
         """Close the file."""

@@ -12,10 +12,10 @@ from time import time
 from typing import Any, Literal, Self, Unpack
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import ArgumentError, SinkError, SinkUnavailableError
+from ebpfstream.opening import Opened, create, is_there, message, open_whole, sync_folder
 from ebpfstream.options import Seconds, Size
 from ebpfstream.sink import CLOSING, Delivery, Sink
 from ebpfstream.sink_url import SinkURL
@@ -23,13 +23,8 @@ from ebpfstream.sinks.rotation import (
     LONGEST_ADDITION,
     Compression,
     Compressor,
-    Opened,
     Rotated,
-    create,
-    message,
-    open_whole,
     period,
-    sync_folder,
 )
 from ebpfstream.turns import in_thread
 
@@ -122,9 +117,8 @@ class FileSink(Sink):
         """Open the file, or create it, and repair its end.  Raises SinkError."""
         try:
             await in_thread(self._appender.open)
-            await checkpoint()  # trio raises a cancellation only now
         except BaseException:
-            self._appender.close()
+            self._appender.close()  # cancelled, it was opened nevertheless
             raise
         if self._compressor is not None:
             self._compressor.start()
@@ -330,11 +324,8 @@ class _Appender:
 
     def _follow(self) -> None:
         """Go on in a new file where the old one no longer is.  Raises OSError, SinkError."""
-        try:
-            if os.path.samestat(self._given.stat(), os.fstat(self._fd)):
-                return
-        except FileNotFoundError:
-            pass
+        if is_there(self._given, self._fd):
+            return
         self._sync()
         self._enter(open_whole(self._given, self._mode))
 

@@ -37,6 +37,7 @@ from ebpfstream.records import Records
 from ebpfstream.sink import open_sink
 from ebpfstream.sinks.file import FileSink
 from ebpfstream.testing import SinkCompliance
+from tests.disks import small_disk
 
 pytestmark = pytest.mark.anyio
 
@@ -117,13 +118,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of eight pages."""
-    if os.geteuid():
-        pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "disk", "32k") as folder:
+        yield folder
 
 
 # Arguments and addresses.
@@ -1392,14 +1388,9 @@ class TestRotatedFile(TestFile):
 class TestFileOnAFullDisk(TestFile):
     @pytest.fixture(autouse=True)
     def destination(self, tmp_path: Path) -> Iterator[None]:
-        if os.geteuid():
-            pytest.skip("mounting a small disk needs root")
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", folder], check=True)
-        self.path = folder / "exec.jsonl"
-        yield
-        subprocess.run(["umount", folder], check=True)
+        with small_disk(tmp_path / "disk", "128m") as folder:
+            self.path = folder / "exec.jsonl"
+            yield
 
     def make(self, **delivery: Any) -> FileSink:
         return FileSink(self.path, fsync="batch", **delivery)

@@ -1,0 +1,281 @@
+"""Events back from a Kafka topic, on any machine."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import AsyncIterator, Sequence
+from math import inf
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar, Unpack
+
+from ebpfstream.completeness import Completeness
+from ebpfstream.errors import ArgumentError, DecodeError
+from ebpfstream.events import Event
+from ebpfstream.lost import Lost
+from ebpfstream.origin import Origin
+from ebpfstream.parsing import parser
+from ebpfstream.sinks.kafka_client import Mechanism, Security, bootstrap_servers
+from ebpfstream.sinks.kafka_consumer import Member
+from ebpfstream.sinks.kafka_records import schema_header
+from ebpfstream.tracers.execve import ExecEvent
+from ebpfstream.tracers.syscalls import SyscallEvent
+from ebpfstream.turns import Turn, to_the_end
+
+E = TypeVar("E", bound=Event)
+Y_co = TypeVar("Y_co", covariant=True)
+
+
+class Options(typing.TypedDict, total=False):
+    """What KafkaSource takes as well; see there."""
+
+    start: Literal["earliest", "latest"]
+    commit_every: float
+    session_timeout: float
+    doubles: Literal["drop", "yield"]
+    tls: bool
+    ca: str | None
+    certificate: str | None
+    private_key: str | None
+    sasl: Mechanism | None
+    username: str | None
+    password: str | None
+    password_file: str | None
+
+
+class KafkaSource(Generic[Y_co]):
+    """The events that KafkaSink sent to a topic, with their types, for a member of a consumer group.
+
+        async for event in KafkaSource("127.0.0.1:9092", "exec", group="watchers"):
+            ...
+
+    The members of a `group` share the topic's partitions, and each event goes to one of them.  A new group begins at
+    the "earliest" event that there is, or at the "latest": with what comes after it was joined.
+
+    **At least once.**  An event is done with when the next one is asked for, or the block (`async with`) is left
+    without an error.  Where the group stands is noted in Kafka every `commit_every` seconds, when members come or go,
+    and at the end; what was done since then comes again if this process is killed, and other members have its
+    partitions after `session_timeout` seconds.  So they do of a process whose event loop is held up for as long, or
+    that does not ask for an event in five minutes.
+
+    Numbered events that come again are left out (`doubles="drop"`), as far as this object has seen them.
+    `completeness()` says what has come of every stream, and what is missing; losses are counted there, and with
+    `on_lost="yield"` they come among the events.
+
+    `types` are those that the topic's events may have, by default ExecEvent and SyscallEvent; a record without a
+    schema, as of another program, is read as the only type that there is.  What does not fit raises DecodeError, and
+    the next call goes on after it.
+
+    Connects when it is entered or iterated.  A Kafka that is not there, or goes away, is waited for; a topic that is
+    not there, and what this user may not do, raises SourceError.  `tls`, `sasl` and the like are as for KafkaSink.
+    Leave it by `async with`, or call `aclose`.  Needs the extra `kafka`, and asyncio.
+    """
+
+    @typing.overload
+    def __init__(
+        self: KafkaSource[ExecEvent | SyscallEvent],
+        servers: str,
+        topic: str,
+        *,
+        group: str,
+        on_lost: Literal["count"] = ...,
+        **options: Unpack[Options],
+    ) -> None: ...
+    @typing.overload
+    def __init__(
+        self: KafkaSource[ExecEvent | SyscallEvent | Lost],
+        servers: str,
+        topic: str,
+        *,
+        group: str,
+        on_lost: Literal["yield"],
+        **options: Unpack[Options],
+    ) -> None: ...
+    @typing.overload
+    def __init__(
+        self: KafkaSource[E],
+        servers: str,
+        topic: str,
+        *,
+        group: str,
+        types: Sequence[type[E]],
+        on_lost: Literal["count"] = ...,
+        **options: Unpack[Options],
+    ) -> None: ...
+    @typing.overload
+    def __init__(
+        self: KafkaSource[E | Lost],
+        servers: str,
+        topic: str,
+        *,
+        group: str,
+        types: Sequence[type[E]],
+        on_lost: Literal["yield"],
+        **options: Unpack[Options],
+    ) -> None: ...
+    def __init__(
+        self,
+        servers: str,
+        topic: str,
+        *,
+        group: str,
+        types: Sequence[type[Event]] = (ExecEvent, SyscallEvent),
+        on_lost: Literal["count", "yield"] = "count",
+        start: Literal["earliest", "latest"] = "earliest",
+        commit_every: float = 1.0,
+        session_timeout: float = 10.0,
+        doubles: Literal["drop", "yield"] = "drop",
+        tls: bool = False,
+        ca: str | None = None,
+        certificate: str | None = None,
+        private_key: str | None = None,
+        sasl: Mechanism | None = None,
+        username: str | None = None,
+        password: str | None = None,
+        password_file: str | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("start", start, ("earliest", "latest")),
+            ("doubles", doubles, ("drop", "yield")),
+            ("on_lost", on_lost, ("count", "yield")),
+        ):
+            if value not in allowed:
+                raise ArgumentError(f"{name}={value!r} is unknown: give {' or '.join(map(repr, allowed))}")
+        if not group or not topic:
+            raise ArgumentError("group and topic must have names")
+        if not types:
+            raise ArgumentError("there is no type to read events as: give one or more")
+        for name, seconds in (("commit_every", commit_every), ("session_timeout", session_timeout)):
+            if not 0 < seconds < inf:
+                raise ArgumentError(f"{name}={seconds} is impossible: give seconds, more than 0")
+        security = Security(tls, ca, certificate, private_key, sasl, username, password, password_file)
+        security.check()
+        self._topic = topic
+        self._parsers = {schema_header(of).encode(): parser(of) for of in types}
+        self._names = ", ".join(map(schema_header, types))
+        first, *others = self._parsers.values()
+        if not others:
+            self._parsers[b""] = first
+        self._parsers[b"lost"] = first
+        self._drops_doubles = doubles == "drop"
+        self._yields_lost = on_lost == "yield"
+        self._completeness = Completeness()
+        self._origins: dict[tuple[bytes, ...], Origin] = {}
+        self._turn = Turn("event")
+        self._member = Member(
+            bootstrap_servers(servers),
+            topic,
+            group=group,
+            start=start,
+            commit_every=commit_every,
+            session_timeout=session_timeout,
+            security=security,
+        )
+
+    async def __aenter__(self) -> Self:
+        with self._turn.taken():
+            with self._turn.waiting():
+                await self._member.joined()
+            self._turn.check_open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._member.put_down()
+        await self._close()
+
+    def __aiter__(self) -> AsyncIterator[Y_co]:
+        return self
+
+    async def __anext__(self) -> Y_co:
+        """The next event.
+
+        Raises DecodeError (the next call goes on after it), SourceError, StreamClosedError, StreamBusyError.
+        """
+        while True:
+            record = self._member.next()
+            if record is None:
+                await self._more()
+                continue
+            event: Y_co | None = self._read(record)
+            if event is not None:
+                return event
+
+    async def _more(self) -> None:
+        with self._turn.taken():
+            with self._turn.waiting():  # aclose() ends it
+                await self._member.more()
+            self._turn.check_open()
+
+    def _read(self, record: Any) -> Any:
+        """The event; None for what is not to be seen."""
+        headers = dict(record.headers)
+        schema = headers.get("schema", b"")
+        try:
+            parse = self._parsers.get(schema)
+            if parse is None:
+                raise DecodeError(
+                    f"the schema is {schema.decode(errors='replace') or 'not told'}, and {self._names} is what is read "
+                    "here: give its type in types="
+                )
+            event = parse(record.value)
+            return event if self._is_to_be_seen(event, headers) else None
+        except DecodeError as error:
+            place = f"partition {record.partition}, offset {record.offset} of {self._topic}"
+            raise DecodeError(f"{place}: {error}") from None
+
+    def _is_to_be_seen(self, event: Any, headers: dict[str, bytes]) -> bool:
+        origin = self._origin(headers)
+        if isinstance(event, Lost):
+            is_new = origin is None or self._completeness.tell(origin, event)
+            return self._yields_lost and (is_new or not self._drops_doubles)
+        if origin is None or "sequence" not in headers:
+            return True
+        try:
+            cpu, *program, number = map(int, headers["sequence"].split(b"/"))
+        except ValueError:
+            raise DecodeError(
+                f"{headers['sequence']!r} is no sequence: CPU, program and number are expected"
+            ) from None
+        is_new = self._completeness.add(origin, cpu, program[0] if program else 0, number)
+        return is_new or not self._drops_doubles
+
+    def _origin(self, headers: dict[str, bytes]) -> Origin | None:
+        try:
+            told = headers["host"], headers["boot"], headers["stream"]
+        except KeyError:
+            return None
+        origin = self._origins.get(told)
+        if origin is None:
+            origin = self._origins[told] = Origin(*(name.decode(errors="replace") for name in told))
+        return origin
+
+    def completeness(self) -> Completeness:
+        """What has come so far of each stream, and what is missing."""
+        return self._completeness
+
+    async def aclose(self) -> None:
+        """Note where the group stands, and leave it; the event in hand will come again.
+
+        A task that waits for the next event gets StreamClosedError.  Raises that itself when the source was closed
+        before; leaving the `async with` block never does.
+        """
+        self._turn.check_open()
+        await self._close()
+
+    async def _close(self) -> None:
+        if not self._turn.closed:
+            await to_the_end(self._closing)
+
+    async def _closing(self) -> None:
+        async with self._turn.close():
+            await self._member.leave()
+
+    def __del__(self) -> None:
+        member = getattr(self, "_member", None)  # there is none if a wrong argument was given
+        if member is not None:
+            member.abandon()

@@ -29,6 +29,7 @@ import random
 import re
 import statistics
 import struct
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata, util
@@ -53,6 +54,8 @@ STRINGS: Final[dict[str, Callable[[], bytes]]] = {
     "distinct strings": lambda: b"%012x" % random.getrandbits(48),
     "unusual strings": lambda: random.choice((b'a"b', b"a\\b", b"na\xc3\xafve", b"\xff", b"\x7f\x1b[2J")),
 }
+Times = dict[str, dict[str, list[float]]]
+"""Of each variant and column, in each round: ns per event."""
 Batch = tuple[Any, list[Any]]  # records, or whatever a variant takes, and what should come of them
 
 
@@ -172,7 +175,7 @@ def timed(names: dict[str, Any], batches: list[Batch], *, collected: bool) -> fl
     return taken / sum(len(expected) for _, expected in batches)
 
 
-def measure(title: str, rounds: int, sources: dict[str, str], columns: dict[str, list[Batch]]) -> None:
+def measure(title: str, rounds: int, sources: dict[str, str], columns: dict[str, list[Batch]]) -> Times:
     """Checks and times all sources with all columns; prints a table, sorted by its first column."""
     usable = (row for row in sources if "msgspec" in PACKAGES or "msgspec" not in row)
     times: dict[str, list[list[float]]] = {row: [] for row in usable}
@@ -193,6 +196,7 @@ def measure(title: str, rounds: int, sources: dict[str, str], columns: dict[str,
         quartiles = [statistics.quantiles(cell, n=4) for cell in times[row]]
         cells = " | ".join(f"{middle:,.0f} ±{(high - low) / 2:,.0f}" for low, middle, high in quartiles)
         print(f"| {row} | {cells} | {medians[row] / min(medians.values()):.2f} |", flush=True)
+    return {row: dict(zip(columns, cells, strict=True)) for row, cells in times.items()}
 
 
 # --- Records to events ---
@@ -351,7 +355,9 @@ def main() -> None:
     """Prints where and how it measures, and the tables."""
     parser = argparse.ArgumentParser(description="Which form of events, iteration and JSON lines is fastest.")
     parser.add_argument("--rounds", type=int, default=11, metavar="N")
-    rounds = max(2, parser.parse_args().rounds)  # of one there are no quartiles
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what was found, for machines")
+    options = parser.parse_args()
+    rounds = max(2, options.rounds)  # of one there are no quartiles
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     model = re.search(r"(?<=model name\t: ).*|$", Path("/proc/cpuinfo").read_text())
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
@@ -367,13 +373,38 @@ def main() -> None:
     ways = [*(way for way in WAYS if way not in loops), "chunks of 128, gc off", "whole batch, gc off"]
     lines = {"bytes, (form * 64) % all, strings column-wise": COLUMN_WISE}
     gc.freeze()  # the collector need not look at what is expected
-    measure("fixed-size record to event", rounds, FORMS, dict.fromkeys(ways, flat["few strings"]))
-    measure("char array to str", rounds, CONVERSIONS, chars)
+    events = measure("fixed-size record to event", rounds, FORMS, dict.fromkeys(ways, flat["few strings"]))
+    texts = measure("char array to str", rounds, CONVERSIONS, chars)
     gcs = dict.fromkeys(("gc on", "gc off"), long["distinct strings"])
     measure("variable-length record to event", rounds, EXEC_FORMS, gcs)
-    measure("async for, events ready in batches of 128", rounds, WALKS, loops)
-    measure("fixed-size record to JSON line", rounds, lines | line_sources("FLAT"), flat)
+    walks = measure("async for, events ready in batches of 128", rounds, WALKS, loops)
+    forms = measure("fixed-size record to JSON line", rounds, lines | line_sources("FLAT"), flat)
     measure("variable-length record to JSON line", rounds, line_sources("EXEC", LISTED), long)
+    if options.json:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from benchmarks.claims import ratio, save  # what is imported is not to be in what is measured
+
+        made, column, whole = "plain dataclass, object.__new__ + stores", "chunks of 128", "whole batch"
+        stores, plain = events[made][column], "time per event, of plain dataclasses made by stores"
+        cached, decoded = (texts[form]["distinct strings"] for form in list(CONVERSIONS)[1:])
+        method, generated = (walks[form]["asyncio"] for form in list(WALKS)[:2])
+        claims = [
+            ratio(f"{form}: {plain}", events[form][column], stores)
+            for form in ("plain dataclass, called", "slots dataclass, object.__new__ + stores")
+        ]
+        claims += [
+            ratio(
+                "a whole batch decoded at once: time per event, of chunks of 128", events[made][whole], stores
+            ),
+            ratio("char arrays through a cache that never hits: time, of decoding each", cached, decoded),
+            ratio("an async generator: time per event, of `__anext__`", generated, method),
+            ratio(
+                "JSON lines by orjson of dicts: time per event, of formatting columns",
+                forms["orjson, dict each"]["few strings"],
+                forms[next(iter(lines))]["few strings"],
+            ),
+        ]
+        save(options.json, claims)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from anyio.abc import Process
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.memory import slope
 from ebpfstream import (
     EventStream,
     ExecEvent,
@@ -60,8 +61,6 @@ from tests.kernel import objects
 ROOT: Final = Path(__file__).parents[1]
 BOUND: Final = 4096
 """By how many KB memory may grow in an hour: 2 KB for each of some 2,000 streams."""
-WARM_UP: Final = 0.1
-"""The part of the samples, from the beginning, that the slope leaves out."""
 
 BACKENDS: Final[list[tuple[str, str, dict[str, Any]]]] = [
     ("asyncio", "asyncio", {"use_uvloop": False}),
@@ -448,16 +447,6 @@ async def minute(seconds: float, execs: int, totals: Totals) -> None:
         for lane in LANES:
             tasks.start_soon(rounds, lane)
         tasks.start_soon(killer, until, totals)
-
-
-def slope(samples: list[tuple[float, int]]) -> float | None:
-    """KB per hour: the median of what each two samples say (Theil and Sen), which single outliers do not move."""
-    steady = samples[int(len(samples) * WARM_UP) :]
-    slopes = [
-        (after - before) / (later - earlier) * 3600
-        for (earlier, before), (later, after) in itertools.combinations(steady, 2)
-    ]
-    return statistics.median(slopes) if len(steady) >= 5 else None
 
 
 def report(minutes: float, totals: Totals, first: Rest, rests: list[tuple[float, Rest]]) -> dict[str, Any]:

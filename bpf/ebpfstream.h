@@ -64,7 +64,11 @@ static __always_inline void *scratch_of(u32 program)
 #define output(ctx, event, size) bpf_perf_event_output(ctx, MAP(OUTPUT), BPF_F_CURRENT_CPU, event, size)
 #define fill_of(control) (control)->fill
 #else
-#define output(ctx, event, size) bpf_ringbuf_output(MAP(OUTPUT), event, size, 0)
+/* Whether an event wakes the reader: 0 leaves that to the kernel, which wakes one that had caught up. */
+#ifndef WAKEUP
+#define WAKEUP 0
+#endif
+#define output(ctx, event, size) bpf_ringbuf_output(MAP(OUTPUT), event, size, WAKEUP)
 #define fill_of(control) bpf_ringbuf_query(MAP(OUTPUT), BPF_RB_AVAIL_DATA)
 #endif
 

@@ -39,7 +39,12 @@ static __always_inline u64 read_cwd(struct exec_event *event, char *to, struct t
 	read_kernel(root_vfsmount, fs->root.mnt);
 	/* As prepend_path() goes, fs/d_path.c. */
 	struct mount *mount = (void *)vfsmount - __builtin_offsetof(struct mount, mnt);
-	u64 length = 0;
+	/*
+	 * In memory: of what is there the verifier remembers nothing, so that to it one pass of the loop is like the
+	 * next, and it looks at one.  In a register there is another number in each: 198,000 instructions for 9,500.
+	 */
+	volatile u32 *written = &event->cwd_length;
+	*written = 0;
 	event->cwd_truncated = 1;
 #pragma clang loop unroll(disable)
 	for (int step = 0; step < CWD_DEPTH; step++) {
@@ -63,15 +68,16 @@ static __always_inline u64 read_cwd(struct exec_event *event, char *to, struct t
 		}
 		const unsigned char *name = 0;
 		read_kernel(name, dentry->d_name.name);
+		u64 length = *written;
 		if (length >= CWD_ROOM - NAME_ROOM)
 			break;
 		asm volatile("%0 &= 4095" : "+r"(length)); /* for the verifier */
 		long size = bpf_probe_read_kernel_str(to + length, NAME_ROOM, name);
 		if (size > 0)
-			length += size & (2 * NAME_ROOM - 1);
+			*written = length + size;
 		dentry = parent;
 	}
-	return length;
+	return *written;
 }
 
 static __always_inline u32 number_of(struct pid *pid)
@@ -98,9 +104,10 @@ static __always_inline bool describe(struct exec_event *event, struct counters *
 	event->gid = who.uid_gid >> 32;
 	event->cgroup_id = bpf_get_current_cgroup_id();
 	bpf_get_current_comm(&event->comm, sizeof(event->comm));
-	read_kernel(event->parent_comm, who.parent->comm);
-	read_kernel(event->start_monotonic, who.leader->start_time);
-	struct own_pid own = own_pid(who.leader);
+	struct task_struct *leader = leader_of(task);
+	read_kernel(event->parent_comm, leader_of(who.parent)->comm);
+	read_kernel(event->start_monotonic, leader->start_time);
+	struct own_pid own = own_pid(leader);
 	event->pid_namespace = own.namespace;
 	event->namespace_pid = own.number;
 	struct signal_struct *signal = 0;
@@ -129,7 +136,7 @@ static __always_inline void finish(void *ctx, struct counters *counters, struct 
 	struct exec_event *event = &scratch->event;
 	event->filename_length = filename_length;
 	event->args_length = args_length;
-	u64 length = filename_length + args_length;
+	u64 length = *(volatile u32 *)&event->filename_length + *(volatile u32 *)&event->args_length;
 	asm volatile("" : "+r"(length)); /* keep the comparison where the verifier sees it */
 	if (length > FILENAME_ROOM + ARGS_ROOM)
 		length = 0;
@@ -207,7 +214,8 @@ struct exit_record {
 /* The strings that argv points to, each with its NUL, one after the other: the bytes written. */
 static __always_inline u64 read_argv(struct exec_event *event, char *to, const char **argv)
 {
-	u64 length = 0;
+	volatile u32 *written = &event->args_length; /* as that of read_cwd() */
+	*written = 0;
 	const char *from = 0;
 	event->args_truncated = 1;
 	event->args_unreadable = 0;
@@ -228,6 +236,7 @@ static __always_inline u64 read_argv(struct exec_event *event, char *to, const c
 				break;
 			}
 		}
+		u64 length = *written;
 		if (length >= ARGS_ROOM)
 			break;
 		asm volatile("%0 &= 16383" : "+r"(length)); /* for the verifier */
@@ -242,13 +251,13 @@ static __always_inline u64 read_argv(struct exec_event *event, char *to, const c
 		count &= 2 * ARG_CHUNK - 1;
 		if (count == ARG_CHUNK) { /* it may go on: the NUL is ours */
 			from += ARG_CHUNK - 1;
-			length += ARG_CHUNK - 1;
+			*written = length + ARG_CHUNK - 1;
 		} else {
 			from = 0;
-			length += count;
+			*written = length + count;
 		}
 	}
-	return length;
+	return *written;
 }
 
 static __always_inline int failed(struct exit_record *ctx, u32 program, bool execveat)
@@ -268,15 +277,10 @@ static __always_inline int failed(struct exit_record *ctx, u32 program, bool exe
 	event->tid = bpf_get_current_pid_tgid();
 	/* The caller's registers, read at the end of the call: by now its pages have been faulted in. */
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
-	u64 directory = AT_FDCWD, path = 0, argv = 0;
-	if (execveat) {
-		read_kernel(directory, ARGUMENT_0(regs));
-		read_kernel(path, ARGUMENT_1(regs));
-		read_kernel(argv, ARGUMENT_2(regs));
-	} else {
-		read_kernel(path, ARGUMENT_0(regs));
-		read_kernel(argv, ARGUMENT_1(regs));
-	}
+	u64 arguments[6];
+	read_arguments(arguments, regs);
+	u64 directory = execveat ? arguments[0] : AT_FDCWD;
+	u64 path = arguments[execveat], argv = arguments[execveat + 1];
 	u64 filename_length = 0;
 	long count = bpf_probe_read_user_str(scratch->tail, FILENAME_ROOM, (void *)path);
 	event->by_descriptor = (s32)directory != AT_FDCWD && count >= 0 && scratch->tail[0] != '/';

@@ -29,21 +29,30 @@ static __always_inline struct own_pid own_pid(struct task_struct *leader)
 
 /* The process that is running, in numbers of the initial namespaces. */
 struct who {
-	u32 pid, ppid;
+	u32 pid, ppid, tid;
 	u64 uid_gid; /* the user in the lower half */
-	struct task_struct *leader, *parent;
+	struct task_struct *task, *parent; /* any thread of either process */
 };
 
 static __always_inline struct who who_runs(struct task_struct *task)
 {
 	struct who who = {};
-	who.pid = bpf_get_current_pid_tgid() >> 32;
+	u64 pid_tgid = bpf_get_current_pid_tgid();
+	who.pid = pid_tgid >> 32;
+	who.tid = pid_tgid;
 	who.uid_gid = bpf_get_current_uid_gid();
-	read_kernel(who.leader, task->group_leader);
-	read_kernel(who.parent, who.leader->real_parent);
-	read_kernel(who.parent, who.parent->group_leader);
+	who.task = task;
+	/* As getppid(2) has it, kernel/sys.c: all threads have the same parent, any thread of it. */
+	read_kernel(who.parent, task->real_parent);
 	read_kernel(who.ppid, who.parent->tgid);
 	return who;
+}
+
+static __always_inline struct task_struct *leader_of(struct task_struct *task)
+{
+	struct task_struct *leader = 0;
+	read_kernel(leader, task->group_leader);
+	return leader;
 }
 
 /* Written by user space in one piece; an event must meet all that `criteria` names.  As in filters.py. */
@@ -94,8 +103,8 @@ static __always_inline bool passes(struct who *who)
 			return false;
 	}
 	if (criteria & FILTER_SELF &&
-	    (same_process(own_pid(who->leader), filters->self) ||
-	     same_process(own_pid(who->parent), filters->self)))
+	    (same_process(own_pid(leader_of(who->task)), filters->self) ||
+	     same_process(own_pid(leader_of(who->parent)), filters->self)))
 		return false;
 	return true;
 }

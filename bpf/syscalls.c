@@ -3,8 +3,9 @@
  * System calls whose numbers have a program in CALLS, each when it is entered or when it has returned.
  *
  * OVERHEAD: every system call of every process takes the kernel's slow way in and out, and runs a program
- * that ends at once unless the call is a chosen one: some 70 ns (getppid: 170 without), or 160 ns where
- * results are asked for, which runs another one at every exit.  A chosen call costs about 1 µs.
+ * that ends at once unless the call is a chosen one: some 50 ns (getppid: 390 without), or 160 ns where
+ * results are asked for, which runs another one at every exit.  A chosen call costs some 430 ns, 830 with
+ * its result, 220 if a filter leaves it out; a perf buffer adds an interrupt to it, microseconds.
  *
  * struct syscall_event is generated from the Python class SyscallEvent and stands before this text.
  */
@@ -16,32 +17,28 @@
 #define RETURNED 2
 #define ENDED 3
 
-/* What is known at the entry, all but when; false when the call is left out. */
-static __always_inline bool describe(struct syscall_event *event, struct counters *counters,
-				     struct bpf_raw_tracepoint_args *ctx)
+/* Whether the call that begins is to be told of; counted if not. */
+static __always_inline bool wanted(struct who *who, struct counters *counters)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	struct pt_regs *regs = (struct pt_regs *)ctx->args[0];
-	struct who who = who_runs(task);
-	if (is_32_bit_call(task) || !passes(&who)) {
-		counters->rejected++;
-		return false;
-	}
+	if (passes(who) && !is_32_bit_call(who->task))
+		return true;
+	counters->rejected++;
+	return false;
+}
+
+/* What is known at the entry, all but when. */
+static __always_inline void describe(struct syscall_event *event, struct who *who, struct bpf_raw_tracepoint_args *ctx)
+{
 	__builtin_memset(event, 0, sizeof(*event));
-	event->pid = who.pid;
-	event->ppid = who.ppid;
-	event->tid = bpf_get_current_pid_tgid();
-	event->uid = who.uid_gid;
-	event->gid = who.uid_gid >> 32;
-	bpf_get_current_comm(&event->comm, sizeof(event->comm));
+	event->pid = who->pid;
+	event->ppid = who->ppid;
+	event->tid = who->tid;
+	event->uid = who->uid_gid;
+	event->gid = who->uid_gid >> 32;
+	/* The same as bpf_get_current_comm(), which takes twice as long. */
+	bpf_probe_read_kernel_str(event->comm, sizeof(event->comm), who->task->comm);
 	event->number = ctx->args[1];
-	read_kernel(event->arguments[0], ARGUMENT_0(regs));
-	read_kernel(event->arguments[1], ARGUMENT_1(regs));
-	read_kernel(event->arguments[2], ARGUMENT_2(regs));
-	read_kernel(event->arguments[3], ARGUMENT_3(regs));
-	read_kernel(event->arguments[4], ARGUMENT_4(regs));
-	read_kernel(event->arguments[5], ARGUMENT_5(regs));
-	return true;
+	read_arguments(event->arguments, (struct pt_regs *)ctx->args[0]);
 }
 
 /* TP_PROTO(struct pt_regs *regs, long id), include/trace/events/syscalls.h */
@@ -56,11 +53,11 @@ int dispatched(struct bpf_raw_tracepoint_args *ctx)
 int entered(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct counters *counters = counters_of(ENTERED);
+	struct who who = who_runs((struct task_struct *)bpf_get_current_task());
+	if (!counters || !wanted(&who, counters) || !admitted(counters))
+		return 0;
 	struct syscall_event event;
-	if (!counters || !describe(&event, counters, ctx))
-		return 0;
-	if (!admitted(counters))
-		return 0;
+	describe(&event, &who, ctx);
 	event.program = ENTERED;
 	stamp(&event, counters);
 	submit(ctx, counters, &event, sizeof(event));
@@ -74,11 +71,13 @@ int entered(struct bpf_raw_tracepoint_args *ctx)
 int remembered(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct counters *counters = counters_of(REMEMBERED);
+	struct who who = who_runs((struct task_struct *)bpf_get_current_task());
 	struct syscall_event event;
-	if (!counters || !describe(&event, counters, ctx))
+	if (!counters || !wanted(&who, counters))
 		return 0;
+	describe(&event, &who, ctx);
 	event.monotonic = bpf_ktime_get_ns();
-	u64 task = bpf_get_current_task();
+	u64 task = (u64)who.task;
 	if (bpf_map_update_elem(MAP(PENDING), &task, &event, BPF_ANY)) {
 		counters->tried++;
 		counters->sequence++;

@@ -11,6 +11,7 @@ from ebpfstream.codec import codec, encoder, selection
 from ebpfstream.errors import DecodeError
 from ebpfstream.events import E_co
 from ebpfstream.lost import Lost
+from ebpfstream.origin import Origin
 from ebpfstream.records import Records, Run
 from ebpfstream.values import encode_lost
 
@@ -35,7 +36,7 @@ class EventBatch(Generic[E_co]):
     events; iterating yields that first, and JSON begins with it.  The last batch may be nothing else.
     """
 
-    __slots__ = ("event_type", "fields", "lost", "records", "wall_clock_offset")
+    __slots__ = ("event_type", "fields", "lost", "origin", "records", "wall_clock_offset")
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class EventBatch(Generic[E_co]):
         wall_clock_offset: int = 0,
         lost: tuple[Lost, ...] = (),
         fields: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.event_type = event_type
         self.records = records
@@ -51,6 +53,8 @@ class EventBatch(Generic[E_co]):
         self.lost = lost
         self.fields = fields
         """The fields that JSON has, in this order, each with its name there; None for all, by their own names."""
+        self.origin = origin
+        """The stream that it comes from; None for batches made otherwise."""
 
     def __len__(self) -> int:
         """How many events; what is lost does not count."""
@@ -116,7 +120,9 @@ class EventBatch(Generic[E_co]):
         """
         runs = list(_kept(self.records.runs, verdicts))
         records = self.records._replace(runs=runs, discarded=0)
-        return self._with(_compact(records), self.lost)
+        if 2 * sum(stride * count for _, stride, _, count in runs) < len(records.data):
+            records = records.compact()
+        return self._with(records, self.lost)
 
     def with_lost(self, lost: tuple[Lost, ...]) -> EventBatch[E_co]:
         """The same events with other losses before them; the bytes are shared."""
@@ -131,8 +137,12 @@ class EventBatch(Generic[E_co]):
 
         Events, and losses in JSON, stay whole.  Raises ArgumentError for fields that the type does not have.
         """
-        chosen = selection(self.event_type, fields)
-        return EventBatch(self.event_type, self.records, self.wall_clock_offset, self.lost, chosen)
+        return self.showing(selection(self.event_type, fields))
+
+    def showing(self, fields: Mapping[str, str]) -> EventBatch[E_co]:
+        """The same of what `selection` made."""
+        offset, origin = self.wall_clock_offset, self.origin
+        return EventBatch(self.event_type, self.records, offset, self.lost, fields, origin)
 
     def without_undecodable(self) -> tuple[EventBatch[E_co], list[tuple[bytes, DecodeError]]]:
         """The batch without the records that its type does not fit, and the bytes of those, each with its error."""
@@ -148,7 +158,7 @@ class EventBatch(Generic[E_co]):
         return self.keep(verdicts) if unfit else self, unfit
 
     def _with(self, records: Records, lost: tuple[Lost, ...]) -> EventBatch[E_co]:
-        return EventBatch(self.event_type, records, self.wall_clock_offset, lost, self.fields)
+        return EventBatch(self.event_type, records, self.wall_clock_offset, lost, self.fields, self.origin)
 
 
 def _kept(runs: Iterable[Run], verdicts: Iterable[object]) -> Iterator[Run]:
@@ -163,20 +173,3 @@ def _kept(runs: Iterable[Run], verdicts: Iterable[object]) -> Iterator[Run]:
                 first = number + 1
         if first < count:
             yield position + first * stride, stride, size, count - first
-
-
-def _compact(records: Records) -> Records:
-    """The same records; in bytes of their own if these are less than half of what they share."""
-    if 2 * sum(stride * count for _, stride, _, count in records.runs) >= len(records.data):
-        return records
-    parts: list[bytes] = []
-    runs: list[Run] = []
-    end = 0
-    for position, stride, size, count in records.runs:
-        parts.append(records.data[position : position + stride * count])
-        if runs and runs[-1][1:3] == (stride, size):
-            runs[-1] = (*runs[-1][:3], runs[-1][3] + count)
-        else:
-            runs.append((end, stride, size, count))
-        end += stride * count
-    return records._replace(data=b"".join(parts), runs=runs)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import make_dataclass
 from functools import partial
 from operator import index
+from types import GenericAlias
 from typing import Any, Final, NamedTuple
 
 from ebpfstream import text
@@ -338,4 +339,5 @@ def _python_type(type: CType) -> Any:
             return bytes
         case Record():
             return type.event_type
-    return tuple
+    assert isinstance(type, Array)
+    return GenericAlias(tuple, (_python_type(type.item), ...))

@@ -26,10 +26,21 @@ from ebpfstream.events import (
     Tail,
     WallClock,
     layout,
+    must_be_called,
 )
 from ebpfstream.records import Records
 from ebpfstream.unpacking import RecordStructs, struct_format
-from ebpfstream.values import JsonTexts, Texts, json_strings, json_text, json_value, moment, rfc3339, strings
+from ebpfstream.values import (
+    JsonTexts,
+    Texts,
+    UntilSeconds,
+    json_command_line,
+    json_strings,
+    json_text,
+    json_value,
+    moment,
+    strings,
+)
 
 # Events of one list: few enough to die before the garbage collector looks for them (its first
 # threshold is 700 in Python 3.11) and while they are in the cache.
@@ -65,14 +76,20 @@ def encoder(event_type: type[Any], fields: Mapping[str, str]) -> Callable[[Recor
 
 def selection(event_type: type[Any], fields: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     """JSON's names by the fields' own, in this order.  Raises ArgumentError for what the type does not have."""
+    if isinstance(fields, str):
+        fields = [fields]
     chosen = dict(fields) if isinstance(fields, Mapping) else {name: name for name in fields}
     kinds = layout(event_type).kinds
-    for name in chosen:
+    for name, shown in chosen.items():
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1)
+            near = difflib.get_close_matches(str(name), kinds, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
             raise ArgumentError(f"{event_type.__name__} has no field {name!r}; {hint}")
-    if not chosen or len(set(chosen.values())) < len(chosen):
+        if not (isinstance(shown, str) and shown.isprintable()) or (shown == "lost" != name):
+            raise ArgumentError(
+                f"a field in JSON cannot be called {shown!r}: give printable text, and not 'lost', which losses are"
+            )
+    if not chosen or len(set(chosen.values())) < len(fields):
         raise ArgumentError(
             f"fields={fields!r} is impossible: give one or more fields, each with a name of its own"
         )
@@ -81,7 +98,7 @@ def selection(event_type: type[Any], fields: Mapping[str, str] | Sequence[str]) 
 
 def _generate(event_type: type[Any], fields: Mapping[str, str] | None = None) -> Codec:
     plan = layout(event_type)
-    writer = _Writer(plan, fields, calls=_must_be_called(event_type))
+    writer = _Writer(plan, fields, calls=must_be_called(event_type))
     source = "\n".join([*writer.decoder(), *writer.encoder(), ""])
     names: dict[str, Any] = {
         "Event": event_type,
@@ -100,11 +117,12 @@ def _generate(event_type: type[Any], fields: Mapping[str, str] | None = None) ->
         "json_texts": JsonTexts(),
         "json_text": json_text,
         "json_strings": json_strings,
+        "json_command_line": json_command_line,
         "json_value": json_value,
         "strings": strings,
         "moment": moment,
-        "rfc3339": rfc3339,
-        "true_false": (b"false", b"true"),
+        "until_seconds": UntilSeconds(),
+        "true_false": (b"false", *[b"true"] * 255),  # by a byte
     }
     for name, kind in plan.kinds.items():
         if isinstance(kind, Computed | Tail):
@@ -131,15 +149,6 @@ def _lengthened(length: int, records: Records, position: int, stride: int, size:
     )
     data = b"".join(bytes(prefix) + sample for sample in samples)
     return Records(data, prefix, [(0, prefix + length, length, count)])
-
-
-def _must_be_called(event_type: type[Any]) -> bool:
-    """Whether making an event needs the class's own code: setting its fields one by one is faster."""
-    methods = ["__new__", "__setattr__"]  # frozen classes have a __setattr__
-    if not event_type.__dataclass_params__.init:
-        methods.append("__init__")
-    own = any(getattr(event_type, name) is not getattr(object, name) for name in methods)
-    return own or hasattr(event_type, "__post_init__")
 
 
 class _Writer:
@@ -195,13 +204,14 @@ class _Writer:
     def encoder(self) -> list[str]:
         """records, offset of the wall clock → JSON lines."""
         line = ",".join(
-            f"{text.json_string(shown).replace('%', '%%')}:%{self._conversion(name)}"
+            f"{text.json_string(shown).replace('%', '%%')}:{self._conversion(name)}"
             for name, shown in self._fields.items()
         )
         form = repr(f"{{{line}}}\n".encode())
         needed = {source for name in self._fields for source in self._sources(name)}
         if not self._tails:
-            width, height = len(self._members), len(self._fields)
+            columns = [column for name in self._fields for column in self._json_columns(name)]
+            width, height = len(self._members), len(columns)
             return [
                 "def encode(records, offset):",
                 "    data = records.data",
@@ -223,13 +233,13 @@ class _Writer:
                 ),
                 f"            fields = [None] * (number * {height})",
                 *(
-                    f"            fields[{index}::{height}] = {self._json_column(name)}"
-                    for index, name in enumerate(self._fields)
+                    f"            fields[{index}::{height}] = {column}"
+                    for index, column in enumerate(columns)
                 ),
                 f"            lines.append({form} * number % tuple(fields))",
                 "    return b''.join(lines)",
             ]
-        values = ", ".join(self._json(name) for name in self._fields)
+        values = ", ".join(value for name in self._fields for value in self._converted(name))
         return [
             "def encode(records, offset):",
             "    data = records.data",
@@ -304,30 +314,44 @@ class _Writer:
         return local
 
     def _conversion(self, name: str) -> str:
-        plain = isinstance(self._kinds[name], Integer) and self._types[name] is not bool
-        return "d" if plain else "b"
+        kind = self._kinds[name]
+        if isinstance(kind, WallClock):
+            return '"%b.%06dZ"'  # RFC 3339
+        return "%d" if isinstance(kind, Integer) and self._types[name] is not bool else "%b"
+
+    def _converted(self, name: str) -> list[str]:
+        """The expressions that a field's conversion takes."""
+        kind = self._kinds[name]
+        if not isinstance(kind, WallClock):
+            return [self._json(name)]
+        time = f"{_local(kind.source)} + offset"
+        return [f"until_seconds[({time}) // 1_000_000_000]", f"({time}) // 1000 % 1_000_000"]
 
     def _json(self, name: str) -> str:
         """The expression for a field's JSON; tails are bytes still."""
         local = _local(name)
         match self._kinds[name]:
-            case Integer() if self._types[name] is bool:
-                return f"true_false[{local} != 0]"
+            case Integer(size) if self._types[name] is bool:
+                return f"true_false[{local}{' != 0' if size > 1 else ''}]"
             case Char() if self._types[name] is str:
                 return f"json_texts[{local}]"
             case Tail(function) if function:
                 return f"json_value({self._tail(name)})"
-            case Tail() if self._types[name] not in (str, bytes):
+            case Tail() if self._is_strings(name):
                 return f"json_strings({local})"
             case Array() | Embedded():
                 return f"json_value({self._value(name)})"
             case Char() | Tail():
                 return f"json_text({local})"
+            case Computed(text.command_line, (source,)) if self._is_strings(source):
+                return f"json_command_line({_local(source)})"
             case Computed(_, arguments):
                 return f"json_value({_function_of(name)}({', '.join(map(self._unpacked, arguments))}))"
-            case WallClock(source):
-                return f"rfc3339({_local(source)} + offset)"
         return local
+
+    def _is_strings(self, name: str) -> bool:
+        """Whether a field is a tail of NUL-ended strings, as they are."""
+        return self._kinds.get(name) == Tail() and self._types[name] not in (str, bytes)
 
     def _unpacked(self, name: str) -> str:
         return self._tail(name) if name in self._tails else self._value(name)
@@ -340,20 +364,22 @@ class _Writer:
             return local
         return f"{'decode_text' if self._types[name] is str else 'strings'}({local})"
 
-    def _json_column(self, name: str) -> str:
+    def _json_columns(self, name: str) -> list[str]:
         """The same for as many records as are formatted together."""
-        value, local = self._json(name), _local(name)
+        values, local = self._converted(name), _local(name)
         match self._kinds[name]:
-            case Integer() if value == local:
-                return local
-            case Char() if value == f"json_texts[{local}]":
-                return f"map(json_texts.__getitem__, {local})"
+            case Integer() if values == [local]:
+                return values
+            case Char() if values == [f"json_texts[{local}]"]:
+                return [f"map(json_texts.__getitem__, {local})"]
             case WallClock(source):
-                return f"[{value} for {_local(source)} in {_local(source)}]"
+                source = _local(source)
+                return [f"[{value} for {source} in {source}]" for value in values]
             case Computed(_, arguments):
                 locals_ = ", ".join(map(_local, arguments))
-                return f"[{value} for {locals_}, in zip({locals_})]"
-        return f"[{value} for {local} in {local}]"
+                items = f"{locals_}, in zip({locals_})" if arguments else "_ in range(number)"
+                return [f"[{value} for {items}]" for value in values]
+        return [f"[{value} for {local} in {local}]" for value in values]
 
 
 def _local(member: str) -> str:

@@ -1,7 +1,9 @@
-"""Events as columns, for numpy."""
+"""Columns of events: for numpy, and those of a few integers without it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from ebpfstream.codec import misfit
@@ -39,6 +41,35 @@ def to_numpy(event_type: type[Any], records: Records) -> numpy.ndarray[Any, Any]
         )
         parts.append(numpy.frombuffer(records.data, columns, count, position))
     return parts[0] if len(parts) == 1 else numpy.concatenate(parts)
+
+
+class Integers:
+    """Picks the values of some members of a type, which are integers, out of records."""
+
+    def __init__(self, event_type: type[Any], names: Sequence[str]) -> None:
+        chosen = [member for member in layout(event_type).members if member.name in names]
+        parts, end = ["<"], 0
+        for name, kind, offset in chosen:
+            assert isinstance(kind, Integer), name
+            letter = "BHIQ"[kind.size.bit_length() - 1]
+            parts += (f"{offset - end}x", letter.lower() if kind.signed else letter)
+            end = offset + kind.size
+        self._unpack = Struct("".join(parts)).unpack_from
+        stored = [member.name for member in chosen]
+        self._places = [stored.index(name) for name in names]
+        self._in_order = self._places == list(range(len(chosen)))
+
+    def of(self, records: Records) -> list[tuple[int, ...]]:
+        """For each record, the values in the order of the names.  The records must fit the type."""
+        unpack, data = self._unpack, records.data
+        picked = [
+            unpack(data, start)
+            for position, stride, _, count in records.runs
+            for start in range(position + records.prefix, position + records.prefix + stride * count, stride)
+        ]
+        return (
+            picked if self._in_order else [tuple(map(values.__getitem__, self._places)) for values in picked]
+        )
 
 
 def _format(member: Member, type: Any) -> str:

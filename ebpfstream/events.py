@@ -13,7 +13,6 @@ the struct for the program's text, `codec` generates the code that reads it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -23,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, TypeVar, get_arg
 
 from ebpfstream.errors import EventTypeError
 from ebpfstream.lost import Lost
+from ebpfstream.text import hyphenated
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,24 @@ def _check(name: str, kinds: dict[str, Kind], types: dict[str, Any]) -> None:
                 raise EventTypeError(f"{name}.{field} is made of {source!r}, which is no field of the record")
 
 
+def schema_version(event_type: type[Event]) -> int | None:
+    """The type's own: a subclass may have other fields than its base."""
+    version: int | None = vars(event_type).get("__schema_version__")
+    return version
+
+
+def must_be_called(of: type[Any]) -> bool:
+    """Whether making an object needs its class's own code: setting the fields one by one is faster."""
+    methods = ["__new__", "__setattr__"]  # frozen classes have a __setattr__
+    if not of.__dataclass_params__.init:
+        methods.append("__init__")
+    own = any(getattr(of, name) is not getattr(object, name) for name in methods)
+    return own or hasattr(of, "__post_init__")
+
+
 def c_struct(event_type: type[Event]) -> str:
     """The event type as a C struct, named after the class: ExecEvent is `struct exec_event`."""
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", event_type.__name__).lower()
+    name = hyphenated(event_type.__name__).replace("-", "_")
     lines = [f"struct {name} {{"]
     for member in layout(event_type).members:
         kind = member.kind

@@ -9,13 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypedDict
 
-from ebpfstream.errors import ArgumentError
+from ebpfstream.errors import ArgumentError, LoadError
 from ebpfstream.events import Event, c_struct
 from ebpfstream.filters import SIZE as FILTERS_SIZE
 from ebpfstream.filters import Filters
 from ebpfstream.kernel import buffers, compiler
 from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, map_numbers, possible_cpu_list
 from ebpfstream.kernel.buffers import Buffer, Kind
+from ebpfstream.kernel.compiled import Kept
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Hook, Link, program_type
 from ebpfstream.kernel.perfbuf import PerfBuffer
@@ -38,7 +39,7 @@ _CONTROL_LAYOUT: Final = struct.Struct("<IIQQQ")  # struct control in ebpfstream
 
 
 class Counters(NamedTuple):
-    """What the programs themselves counted, over all CPUs; None where nobody counts."""
+    """What the programs themselves counted, over all CPUs; None where nobody counts.  Names are those of Statistics."""
 
     rejected: int | None = 0
     tried: int | None = 0
@@ -170,9 +171,14 @@ class Programs:
             *cflags,
             *self._cflags,
         ]
-        module = await compiler.compile(declarations + self._path.read_text(), flags)
+        text = declarations + self._path.read_text()
+        kept = await in_thread(Kept, text, flags)
         # Verifying takes the kernel some 100 ms, in which other tasks want to run.
-        await in_thread(self._load, module, numbers)
+        if not await in_thread(self._load_kept, kept, numbers):
+            module = await compiler.compile(text, flags)
+            await in_thread(self._load, module, numbers)
+            await in_thread(kept.keep, module)
+        await in_thread(self._link)  # last: what happens from now on is the caller's
 
     def _make(self, name: str, spec: MapSpec) -> Map:
         kind, key_size, value_size, max_entries = spec
@@ -183,6 +189,20 @@ class Programs:
         self._maps[name] = made
         return made
 
+    def _load_kept(self, kept: Kept, numbers: Mapping[str, int]) -> bool:
+        """Load what was compiled before; False if it is not there, or the kernel refuses it."""
+        module = kept.find()
+        if module is None:
+            return False
+        try:
+            self._load(module, numbers)
+        except LoadError:  # whatever is wrong with it, one compiled now may be right, or say why not
+            for program in self._programs:
+                program.close()
+            self._programs.clear()
+            return False
+        return True
+
     def _load(self, module: Module, numbers: Mapping[str, int]) -> None:
         used = set().union(*(map_numbers(module.functions[function]) for function in self._hooks))
         specs = {
@@ -191,7 +211,7 @@ class Programs:
             **self._specs,
         }
         for name, spec in specs.items():
-            if numbers[name] in used:
+            if numbers[name] in used and name not in self._maps:
                 self._make(name, spec)
         maps = {number: self._maps[name] for name, number in numbers.items() if name in self._maps}
         for function, hook in self._hooks.items():
@@ -208,6 +228,8 @@ class Programs:
         called = {program.name: struct.pack("<I", program.fd) for program in self._programs}
         for slot, function in self._calls.items():
             self._maps["CALLS"].update(struct.pack("<I", slot), called[function])
+
+    def _link(self) -> None:
         for program in self._programs:
             hook = self._hooks[program.name]
             if hook is not None:

@@ -10,6 +10,15 @@ from typing import NamedTuple
 Run = tuple[int, int, int, int]
 
 
+def add_records(runs: list[Run], position: int, stride: int, size: int, count: int = 1) -> int:
+    """Add records that follow those of the last run: to it, if they are of equal length.  Where they end."""
+    if runs and runs[-1][1:3] == (stride, size):
+        runs[-1] = (*runs[-1][:3], runs[-1][3] + count)
+    else:
+        runs.append((position, stride, size, count))
+    return position + stride * count
+
+
 class Records(NamedTuple):
     """Bytes copied once from the buffer, and where in them the records lie.
 
@@ -39,3 +48,15 @@ class Records(NamedTuple):
                 runs.append((position + first * stride, stride, size, last - first))
             number += count
         return self._replace(runs=runs, discarded=0)
+
+    def compact(self) -> Records:
+        """The same records in bytes that hold nothing else."""
+        if sum(stride * count for _, stride, _, count in self.runs) == len(self.data):
+            return self
+        parts: list[bytes] = []
+        runs: list[Run] = []
+        end = 0
+        for position, stride, size, count in self.runs:
+            parts.append(self.data[position : position + stride * count])
+            end = add_records(runs, end, stride, size, count)
+        return self._replace(data=b"".join(parts), runs=runs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from operator import length_hint
+from time import monotonic
 from types import TracebackType
 from typing import Final, Generic, Literal, Protocol, Self, cast, get_args
 
-import anyio
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
@@ -16,22 +16,24 @@ from ebpfstream.batch import EventBatch, wall_clock_offset
 from ebpfstream.errors import ArgumentError, DecodeError, LostError
 from ebpfstream.events import E_co
 from ebpfstream.filters import Filters
-from ebpfstream.kernel.bpf import wait_for_running_programs
+from ebpfstream.kernel.bpf import MapType, wait_for_running_programs
 from ebpfstream.kernel.buffers import Buffer
 from ebpfstream.lost import Lost
+from ebpfstream.origin import Origin
 from ebpfstream.readymade import Counters
 from ebpfstream.records import Records
 from ebpfstream.statistics import Statistics
 from ebpfstream.turns import Turn, to_the_end
 
-LATENCY: Final = 0.001
-"""Seconds that events may gather after a wakeup, unless told otherwise."""
+LATENCY: Final = 0.002
+"""Seconds that events may gather, unless told otherwise."""
 
 OnLost = Literal["count", "yield", "raise"]
 
 _NONE: Final = Records(b"", 0, [])
 _BATCH_BYTES: Final = 1 << 18
 _MUCH_BYTES: Final = 1 << 16  # so many in the buffer need not gather any more
+_GATHERED_MOST: Final = 0.25  # of the buffer, or of the part of it that one CPU has
 # A record at the head that stays unfinished makes the descriptor readable for as long.
 _UNFINISHED_PAUSE: Final = 0.0005
 
@@ -78,17 +80,17 @@ class EventStream(Generic[E_co]):
             async for event in events:
                 ...
 
-    Entering the block attaches to the kernel; leaving it detaches, and what has been counted stays
-    in `statistics()`.  Without the block the first iteration attaches, and dropping the last
-    reference detaches: at once, but without the final count.
+    Entering the block attaches to the kernel; leaving it detaches, and what has been counted stays in `statistics()`.
+    Without the block the first iteration attaches, and dropping the last reference detaches: at once, but without the
+    final count.
 
-    One task at a time may iterate.  A stream that is left by `break` goes on where it was when it is
-    iterated again.  Nothing is read ahead beyond one batch: while nobody asks, events wait in the
-    kernel's buffer, and when that is full they are lost, and counted.
+    One task at a time may iterate.  A stream that is left by `break` goes on where it was when it is iterated again.
+    Nothing is read ahead beyond one batch: while nobody asks, events wait in the kernel's buffer, and when that is full
+    they are lost, and counted.
 
-    `on_lost` says what else becomes of losses.  "count": nothing.  "yield": they are in the stream, as
-    Lost, gathered to one for each batch and CPU, before the batch's events; all of them add up to
-    `statistics().lost`.  "raise": they are raised as LostError, and the next call goes on.
+    `on_lost` says what else becomes of losses.  "count": nothing.  "yield": they are in the stream, as Lost, one for
+    each batch and CPU, before the batch's events; all add up to `statistics().lost`.  "raise": LostError is raised, and
+    the next call goes on.
 
     Works on asyncio (uvloop too) and trio.
     """
@@ -108,14 +110,18 @@ class EventStream(Generic[E_co]):
         self._source = source
         self._event_type = event_type
         self._latency = latency
+        self._pause = latency  # or less, where so much would not fit
         self._on_lost = on_lost
+        self._origin = Origin.new()
         self._buffer = source.buffer
         self._started = False
         self._behind = False  # the last drain left much, or stopped at its limit
+        self._unfinished = False  # the last drain found nothing but a record that was not finished
+        self._flowing = False  # the last wait was shorter than `latency`
         self._detached = False
         self._quiet = False  # and no program is running any more
         self._turn = Turn("event")
-        # Of the batch in hand: the events being iterated, and the lists that follow them.
+        # Of the batch in hand: the events being iterated, and the lists that follow.
         self._batch: EventBatch[E_co] | None = None
         self._chunk: Iterator[E_co] = iter(())
         self._chunks: Iterator[list[E_co] | DecodeError] = iter(())
@@ -130,7 +136,7 @@ class EventStream(Generic[E_co]):
 
     async def __aenter__(self) -> Self:
         with self._turn.taken():
-            await self._opened()
+            await self._open()
         return self
 
     async def __aexit__(
@@ -147,9 +153,8 @@ class EventStream(Generic[E_co]):
     async def __anext__(self) -> E_co:
         """The next event.
 
-        Raises DecodeError for a record that the type does not fit, and LostError if that was asked for (the
-        next call goes on after either), StreamClosedError, StreamBusyError; at the first call all that
-        opening may raise.
+        Raises DecodeError for a record that the type does not fit, and LostError if that was asked for (the next call
+        goes on after either), StreamClosedError, StreamBusyError; at the first call all that opening may raise.
         """
         for event in self._chunk:
             return event
@@ -184,13 +189,13 @@ class EventStream(Generic[E_co]):
         return Batches(self)
 
     async def next_batch(self, most: int | None = None) -> EventBatch[E_co] | None:
-        """What `batches()` yields, or None at the end; not more than `most` events, the others come next."""
+        """What `batches()` yields, or None at the end; not more than `most` events."""
         batch = await self._next_batch() if (rest := self._rest_in_hand()) is None else rest
         if batch is None:
             return None
-        part = batch[:most]
+        part = batch if most is None else batch[:most]
         self._handed += len(part)
-        if len(part) < len(batch):
+        if part is not batch and len(part) < len(batch):
             self._take_up(batch[len(part) :])
         return part
 
@@ -216,26 +221,41 @@ class EventStream(Generic[E_co]):
         """The next events from the kernel; None when there will be none."""
         with self._turn.taken():
             while True:
-                # detach() and aclose() cancel the scope, to be noticed at once.
-                with self._turn.waiting():
-                    buffer = self._buffer if self._detached else await self._opened()
-                    if buffer is None:
-                        return None
-                    if not await self._gathered(buffer):
-                        return self._told(EventBatch(self._event_type, _NONE, 0, self._losses(None)))
-                    self._buffered_most = max(self._buffered_most, buffer.pending())
-                    records = buffer.drain(_BATCH_BYTES)
-                    self._source.drained()
-                    if records is None:
-                        if buffer.pending():
-                            await anyio.sleep(_UNFINISHED_PAUSE)
-                        continue
-                    self._behind = len(records.data) >= _BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
-                    lost = self._losses(records)
-                    batch = self._told(EventBatch(self._event_type, records, wall_clock_offset(), lost))
-                    if batch is not None:
-                        return batch
+                if not (self._started or self._detached):
+                    with self._turn.waiting():  # detach() and aclose() end it
+                        await self._open()
+                    self._turn.check_open()
+                buffer = self._buffer
+                if buffer is None:
+                    return None
+                more = await self._gathered(buffer)
                 self._turn.check_open()
+                if not more:
+                    return self._told(self._made(_NONE, 0, self._losses(None)))
+                batch = self._drained(buffer)
+                if batch is not None:
+                    return batch
+
+    def _drained(self, buffer: Buffer) -> EventBatch[E_co] | None:
+        pending = buffer.pending()
+        if pending > self._buffered_most:
+            self._buffered_most = pending
+        records = buffer.drain(_BATCH_BYTES)
+        self._source.drained()
+        if records is None:
+            self._behind = self._flowing = False
+            self._pause = self._latency
+            self._unfinished = bool(buffer.pending())
+            return None
+        taken = len(records.data)
+        self._behind = taken >= _BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
+        if self._flowing:  # at this rate, no more than a part of the buffer is to gather
+            pause = self._pause * buffer.fill()[1] * _GATHERED_MOST / taken
+            self._pause = min(max(pause, self._latency / 64), self._latency)
+        return self._told(self._made(records, wall_clock_offset(), self._losses(records)))
+
+    def _made(self, records: Records, offset: int, lost: tuple[Lost, ...]) -> EventBatch[E_co]:
+        return EventBatch(self._event_type, records, offset, lost, None, self._origin)
 
     def _losses(self, records: Records | None) -> tuple[Lost, ...]:
         return () if self._on_lost == "count" else self._source.losses(records, datetime.now(UTC))
@@ -248,59 +268,73 @@ class EventStream(Generic[E_co]):
             self._take_up(batch)
             count = sum(one.count or 0 for one in lost)
             raise LostError(f"{count} events were lost; the stream goes on after them", lost)
-        return batch if batch or batch.lost else None
+        return batch if batch.records.runs or batch.lost else None
 
     async def _gathered(self, buffer: Buffer) -> bool:
-        """Wait for events, and a little longer for more of them; False when none can come."""
-        if self._behind:
+        """Wait for events, and a little longer for more of them; False when none can come.
+
+        While they come so often that some are there each time `latency` is over, their wakeups are not
+        waited for: a wait costs the event loop more than a timer.
+        """
+        if self._unfinished:
+            self._unfinished = False
+            await self._turn.pause(_UNFINISHED_PAUSE)
+            return True
+        if self._behind or (self._detached and buffer.pending()):
             await checkpoint()
             return True
-        if not buffer.pending():
+        if not (self._flowing or buffer.pending()):
             if self._quiet:
                 return False
-            if self._detached:
-                await run_sync(wait_for_running_programs)
-                buffer.finish()
-                self._quiet = True
+            woken = False
+            with self._turn.waiting():
+                woken = await self._woken(buffer)
+            if not (woken and self._latency):
                 return True
-            self._wakeups += 1
-            await buffer.wait()
-        await anyio.sleep(self._latency)
+        await self._turn.pause(self._pause)
+        return True
+
+    async def _woken(self, buffer: Buffer) -> bool:
+        """Wait until something is in the buffer; False when nothing new will be, and it holds what came meanwhile."""
+        if self._detached:
+            await run_sync(wait_for_running_programs)
+            buffer.finish()
+            self._quiet = True
+            return False
+        self._wakeups += 1
+        asked = monotonic()
+        await buffer.wait()
+        self._flowing = monotonic() - asked < self._latency
         return True
 
     def _account(self, batch: EventBatch[E_co]) -> None:
-        self._received += len(batch)
-        self._bytes += sum(stride * count for _, stride, _, count in batch.records.runs)
+        for _, stride, _, count in batch.records.runs:
+            self._received += count
+            self._bytes += stride * count
         self._batches += bool(batch.records.data)
 
-    async def _opened(self) -> Buffer:
-        if self._buffer is None or not self._started:
+    async def _open(self) -> None:
+        if not self._started:
             self._buffer = await self._source.open()
             self._started = True
             if self._detached:  # meanwhile
                 self._source.detach()
-        return self._buffer
 
     @property
     def event_type(self) -> type[E_co]:
         """The class of its events."""
         return self._event_type
 
+    @property
+    def has_perf_buffer(self) -> bool:
+        """Whether it is open, and reads a perf buffer: to open its part on a CPU that comes takes CAP_PERFMON."""
+        return self._buffer is not None and self._buffer.map.type is MapType.PERF_EVENT_ARRAY
+
     def statistics(self) -> Statistics:
         """The ledger so far; after closing, the final one."""
         counters = self._final or self._source.counters()
         return Statistics(
-            rejected=counters.rejected,
-            tried=counters.tried,
-            skipped=counters.skipped,
-            submitted=counters.submitted,
-            lost=counters.lost,
-            lost_full=counters.lost_full,
-            lost_too_large=counters.lost_too_large,
-            lost_no_buffer=counters.lost_no_buffer,
-            lost_otherwise=counters.lost_otherwise,
-            lost_errno=counters.lost_errno,
-            misses=counters.misses,
+            **counters._asdict(),
             received=self._received,
             delivered=self._delivered,
             undecodable=self._undecodable,
@@ -325,8 +359,7 @@ class EventStream(Generic[E_co]):
     def pause(self) -> None:
         """Let the programs skip what happens, in the kernel, and count it, until `resume`.
 
-        What has been submitted still comes.  Raises StreamClosedError, UnsupportedError for a program
-        of yours.
+        What has been submitted still comes.  Raises StreamClosedError, UnsupportedError for a program of yours.
         """
         self._turn.check_open()
         self._source.pause(True)
@@ -339,19 +372,19 @@ class EventStream(Generic[E_co]):
     def detach(self) -> None:
         """Take the programs off their hooks: nothing new happens to this stream from now on.
 
-        What has been submitted still comes; then the iteration ends.  Detaching again does nothing.
-        Takes the kernel up to some 100 ms where system calls are traced.
+        What has been submitted still comes; then the iteration ends.  Takes up to some 100 ms where calls are traced.
         """
         if not self._detached:
             self._detached = True
+            self._flowing = False
             self._source.detach()
             self._turn.interrupt()
 
     async def aclose(self) -> None:
         """Detach, count what is left in the buffer as unread, read the final counters, and free everything.
 
-        A task that waits for the next event gets StreamClosedError.  Raises that itself when the
-        stream was closed before; leaving the `async with` block never does.
+        A task that waits for the next event gets StreamClosedError.  Raises that itself when the stream was closed
+        before; leaving the `async with` block never does.
         """
         self._turn.check_open()
         await self._close()
@@ -366,8 +399,7 @@ class EventStream(Generic[E_co]):
             self._detached = True
             try:
                 if self._buffer is not None:
-                    # In a thread: the kernel waits for grace periods in both.
-                    await run_sync(self._source.stop)
+                    await run_sync(self._source.stop)  # threads: the kernel waits for grace periods
                     await run_sync(wait_for_running_programs)
                     self._buffer.finish()
                     while records := self._buffer.drain(_BATCH_BYTES):
@@ -393,7 +425,7 @@ class EventStream(Generic[E_co]):
 
 
 class Batches(Generic[E_co]):
-    """A stream's events a batch at a time, as an asynchronous iterator of EventBatch."""
+    """A stream's events a batch at a time, as an asynchronous iterator."""
 
     def __init__(self, stream: EventStream[E_co]) -> None:
         self._stream = stream

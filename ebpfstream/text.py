@@ -11,12 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from json import encoder
+from string import ascii_letters, digits
 from typing import Final
 
+SHELL_SAFE: Final = b"@%+=:,./-_" + (ascii_letters + digits).encode()
+"""What shells take as it is."""
+
+_BACKSLASH: Final = ord("\\")
 _LOOKS_ESCAPED: Final = re.compile(rb"\\(?=x[0-9a-f]{2})")
 _ESCAPED: Final = re.compile(rb"\\x([0-9a-f]{2})")
-_SHELL_SAFE: Final = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
-_SHELL_SAFE_LINE: Final = re.compile(r"[\w@%+=:,./ -]+", re.ASCII)
+_SHELL_SAFE: Final = re.compile(f"[{re.escape(SHELL_SAFE.decode())}]+")
+_SHELL_SAFE_LINE: Final = re.compile(f"[{re.escape(SHELL_SAFE.decode())} ]+")
 _SHELL_NAMED: Final = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\e", "\\": "\\\\", "'": "\\'"}
 _SHELL_ESCAPES: Final = re.compile(r"\\(?!x[0-9a-f]{2})|'|[^\\']", re.DOTALL)
 
@@ -25,7 +30,7 @@ _quote = encoder.encode_basestring
 
 def decode(data: bytes) -> str:
     """Bytes → text, reversibly; see the module's description."""
-    if b"\\x" in data:
+    if _BACKSLASH in data:  # to look for two bytes takes several times as long
         data = _LOOKS_ESCAPED.sub(rb"\\x5c", data)
     return data.decode("utf-8", "backslashreplace")
 
@@ -33,6 +38,11 @@ def decode(data: bytes) -> str:
 def encode(text: str) -> bytes:
     """The bytes that `decode` made this text of."""
     return _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), text.encode())
+
+
+def hyphenated(name: str) -> str:
+    """A class's name in lower case, its words apart: ExecEvent → exec-event."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
 
 
 def json_string(text: str) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CancelScope
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from anyio.to_thread import run_sync
 
 from ebpfstream.errors import StreamBusyError, StreamClosedError
+from ebpfstream.waiting import end, is_asyncio
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -36,6 +38,7 @@ async def to_the_end(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run)
+        await checkpoint_if_cancelled()  # trio does not raise that when a group ends
         if errors:
             raise errors.pop()
         return results.pop()
@@ -56,6 +59,7 @@ class Turn:
         self._what = what
         self._lock = anyio.Lock()
         self._waiting: CancelScope | None = None
+        self._pausing: asyncio.Future[None] | None = None
         self.closed = False
 
     @contextmanager
@@ -86,10 +90,31 @@ class Turn:
         self._waiting = CancelScope()
         return self._waiting
 
+    async def pause(self, seconds: float) -> None:
+        """Sleep for so long, or until `interrupt`.
+
+        What `waiting` and `anyio.sleep` do as well, at half the cost, on asyncio: a stream does this a
+        few hundred times a second.
+        """
+        if not is_asyncio():
+            with self.waiting():
+                await anyio.sleep(seconds)
+            return
+        loop = asyncio.get_running_loop()
+        self._pausing = loop.create_future()
+        timer = loop.call_later(seconds, end, self._pausing)
+        try:
+            await self._pausing
+        finally:
+            timer.cancel()
+            self._pausing = None
+
     def interrupt(self) -> None:
         """Let who waits look again at how things are."""
         if self._waiting is not None:
             self._waiting.cancel()
+        if self._pausing is not None:
+            end(self._pausing)
 
     def close(self) -> anyio.Lock:
         """Nobody may wait from now on; whoever still does is interrupted, and gone when the lock is to be had."""

@@ -11,13 +11,24 @@ import orjson
 from ebpfstream import text
 from ebpfstream.events import Event
 from ebpfstream.lost import Lost
+from ebpfstream.text import json_string
 
 _CACHED_STRINGS, _CACHED_LENGTH = 4096, 64
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # Bytes that stand for themselves in a JSON string and on a terminal.
 _PLAIN: Final = bytes(byte for byte in range(0x20, 0x7F) if byte not in b'"\\')
-_PLAIN_OR_NUL: Final = _PLAIN + b"\0"
+
+
+def _only(allowed: bytes, nul: bytes = b"\0") -> bytes:
+    """For bytes.translate: what is allowed as it is, NUL as that, all else as NUL, which is quickly looked for."""
+    kept = bytes(byte if byte in allowed else 0 for byte in range(1, 256))
+    return nul + kept
+
+
+_TEXT: Final = _only(_PLAIN)
+_STRINGS: Final = _only(_PLAIN, b"\n")
+_WORDS: Final = _only(text.SHELL_SAFE, b" ")
 
 
 class Texts(dict[bytes, str]):
@@ -25,7 +36,7 @@ class Texts(dict[bytes, str]):
 
     def __missing__(self, data: bytes) -> str:
         made = text.decode(data.partition(b"\0")[0])
-        _remember(self, data, made)
+        remember(self, data, made)
         return made
 
 
@@ -34,13 +45,13 @@ class JsonTexts(dict[bytes, bytes]):
 
     def __missing__(self, data: bytes) -> bytes:
         made = json_text(data.partition(b"\0")[0])
-        _remember(self, data, made)
+        remember(self, data, made)
         return made
 
 
-def _remember(cache: dict[bytes, Any], data: bytes, made: object) -> None:
-    """Names are short, and few; what is long is seldom the same again."""
-    if len(data) <= _CACHED_LENGTH:
+def remember(cache: dict[bytes, Any], data: bytes, made: object, longest: int = _CACHED_LENGTH) -> None:
+    """Names are short, and few; what is longer than so many bytes is seldom the same again."""
+    if len(data) <= longest:
         if len(cache) >= _CACHED_STRINGS:
             cache.clear()
         cache[data] = made
@@ -48,8 +59,8 @@ def _remember(cache: dict[bytes, Any], data: bytes, made: object) -> None:
 
 def json_text(data: bytes) -> bytes:
     """Text as JSON."""
-    if data.translate(None, _PLAIN):
-        return text.json_string(text.decode(data)).encode()
+    if 0 in data.translate(_TEXT):
+        return json_string(text.decode(data)).encode()
     return b'"%b"' % data
 
 
@@ -62,16 +73,28 @@ def json_strings(data: bytes) -> bytes:
     """The same as JSON."""
     if not data:
         return b"[]"
-    if data.translate(None, _PLAIN_OR_NUL):
-        return ("[" + ",".join(map(text.json_string, strings(data))) + "]").encode()
-    return b'["%b"]' % data.removesuffix(b"\0").replace(b"\0", b'","')
+    plain = data.translate(_STRINGS)
+    if 0 in plain:
+        return ("[" + ",".join(map(json_string, strings(data))) + "]").encode()
+    return b'["%b"]' % plain.removesuffix(b"\n").replace(b"\n", b'","')
+
+
+def json_command_line(data: bytes) -> bytes:
+    """`text.command_line` of the same as JSON."""
+    line = data.translate(_WORDS)
+    # bytes' `in` and `startswith` take several times as long.
+    if 0 in line or line.find(b"  ") >= 0 or line[:1] == b" ":  # an empty word would have to be quoted
+        return json_string(text.command_line(strings(data))).encode()
+    return b'"%b"' % line.removesuffix(b" ")
 
 
 def json_value(value: Any) -> bytes:
     """A field's value as JSON."""
     match value:
         case str():
-            return text.json_string(value).encode()
+            return json_string(value).encode()
+        case None:
+            return b"null"  # orjson would take a KiB or more of memory for it
         case bytes():
             return json_text(value)
         case int() if not isinstance(value, bool):
@@ -89,23 +112,14 @@ def moment(nanoseconds: int) -> datetime:
     return _EPOCH + timedelta(microseconds=nanoseconds // 1000)
 
 
-class _Seconds(dict[int, bytes]):
-    """The text of a time up to its seconds."""
+class UntilSeconds(dict[int, bytes]):
+    """Times as RFC 3339 up to their seconds, by these since the epoch; what follows is cheaper to make anew."""
 
     def __missing__(self, second: int) -> bytes:
         if len(self) >= _CACHED_STRINGS:
             self.clear()
         self[second] = made = f"{_EPOCH + timedelta(seconds=second):%Y-%m-%dT%H:%M:%S}".encode()
         return made
-
-
-_seconds = _Seconds()
-
-
-def rfc3339(nanoseconds: int) -> bytes:
-    """The same as JSON."""
-    second, rest = divmod(nanoseconds, 1_000_000_000)
-    return b'"%b.%06dZ"' % (_seconds[second], rest // 1000)
 
 
 def encode_lost(lost: Iterable[Lost]) -> bytes:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from dataclasses import asdict, dataclass
@@ -27,12 +28,14 @@ from ebpfstream.events import (
     Computed,
     Event,
     Flag,
+    Integer,
     Tail,
     WallClock,
     c_struct,
     layout,
 )
 from ebpfstream.records import Records, Run
+from ebpfstream.tracers import execve
 
 NOON = datetime(2023, 11, 14, 12, tzinfo=UTC)
 OFFSET = int(NOON.timestamp()) * 10**9
@@ -84,6 +87,20 @@ class Tailed(Event):
     number: U32
     word: Annotated[str, Tail()]
     both: Annotated[str, Computed(lambda word, number: f"{word}:{number}", ("word", "number"))]
+
+
+SERIAL = itertools.count()
+
+
+@dataclass
+class Counted(Event):
+    pid: U32
+    serial: Annotated[int, Computed(SERIAL.__next__, ())]
+
+
+@dataclass
+class CountedWithTail(Counted):
+    word: Annotated[str, Tail()]
 
 
 def spread(number: int) -> bytes:
@@ -354,6 +371,19 @@ def test_computed_fields_get_their_arguments_in_order() -> None:
     assert json.loads(batch.to_json_lines()) == {"number": 7, "word": "word", "both": "word:7"}
 
 
+@pytest.mark.parametrize("count", [1, 64, 65, 129])
+@pytest.mark.parametrize("tail", [False, True])
+def test_fields_computed_of_nothing(tail: bool, count: int) -> None:
+    samples = [struct.pack("<II", n, 1) + b"w" if tail else struct.pack("<I", n) for n in range(count)]
+    batch = batch_of(CountedWithTail if tail else Counted, samples)
+    first = next(SERIAL) + 1
+    assert [(event.pid, event.serial) for event in batch] == [(n, first + n) for n in range(count)]
+    lines = [json.loads(line) for line in batch.to_json_lines().splitlines()]
+    assert [(line["pid"], line["serial"]) for line in lines] == [(n, first + count + n) for n in range(count)]
+    alone = batch.select({"serial": "x"}).to_json_lines()
+    assert alone == b"".join(b'{"x":%d}\n' % (first + 2 * count + n) for n in range(count))
+
+
 def test_times_of_events_with_tails_and_of_slices() -> None:
     batch = batch_of(Mixed, [mixed(b"", b"", b"", wide=1_999_999)] * 2, offset=OFFSET)
     for part in (batch, batch[1:]):
@@ -443,13 +473,78 @@ def test_a_class_with_code_of_its_own_is_called(kind: type[Any], pid: int) -> No
 
 def test_strings_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(values, "_CACHED_STRINGS", 4)
-    texts, json_texts, seconds = values.Texts(), values.JsonTexts(), values._Seconds()
+    texts, json_texts, seconds = values.Texts(), values.JsonTexts(), values.UntilSeconds()
     for number in range(50):
         name = b"n%d" % number
         assert texts[name + b"\0rest\0"] == name.decode()
         assert json_texts[name + b"\0rest\0"] == b'"%b"' % name
         assert seconds[number] == b"1970-01-01T00:00:%02d" % number
         assert max(len(texts), len(json_texts), len(seconds)) <= 4
+
+
+def test_flags_of_any_width_in_json() -> None:
+    @dataclass
+    class Flags(Event):
+        wide: Annotated[bool, Integer(4)]
+        signed: Annotated[bool, Integer(1, signed=True)]
+        narrow: Flag
+
+    for wide, signed, narrow in itertools.product((0, 1, 256, 2**32 - 1), (0, 1, -1, -128, 127), (0, 1, 255)):
+        batch = batch_of(Flags, [struct.pack("<IbBxx", wide, signed, narrow)])
+        (event,), shown = batch, json.loads(batch.to_json_lines())
+        assert asdict(event) == shown == {"wide": wide != 0, "signed": signed != 0, "narrow": narrow != 0}
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "shown"),
+    [
+        (0, "1970-01-01T00:00:00.000000Z"),
+        (999, "1970-01-01T00:00:00.000000Z"),
+        (1_000, "1970-01-01T00:00:00.000001Z"),
+        (999_999_999, "1970-01-01T00:00:00.999999Z"),
+        (1_000_000_000, "1970-01-01T00:00:01.000000Z"),
+        (951_868_799_000_042_000, "2000-02-29T23:59:59.000042Z"),
+    ],
+)
+def test_times_in_json(nanoseconds: int, shown: str) -> None:
+    """Of types with tails, and without; before the epoch too, if the clock was wrong."""
+    for later in (0, 5_000_000_000):
+        when, offset = struct.pack("<Q", nanoseconds + later), -later
+        (fixed,) = [json.loads(EventBatch(At, Records(when, 0, [(0, 8, 8, 1)]), offset).to_json_lines())]
+        assert fixed["when"] == shown
+        record = when + struct.pack("<II", 1, 0) + b"x"
+        tails = EventBatch(AtWithWord, Records(record, 0, [(0, 17, 17, 1)]), offset)
+        assert json.loads(tails.to_json_lines())["when"] == shown
+    early = EventBatch(At, Records(struct.pack("<Q", nanoseconds), 0, [(0, 8, 8, 1)]), -1_000_000_000)
+    assert json.loads(early.to_json_lines())["when"][:4] in ("1969", "1970", "2000")
+    assert next(iter(early)).when == datetime.fromisoformat(json.loads(early.to_json_lines())["when"])
+
+
+@dataclass
+class At(Event):
+    when: Annotated[datetime, WallClock("monotonic")]
+    monotonic: U64
+
+
+@dataclass
+class AtWithWord(Event):
+    when: Annotated[datetime, WallClock("monotonic")]
+    monotonic: U64
+    word: Annotated[str, Tail()]
+
+
+def test_paths_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "_CACHED_STRINGS", 4)  # the bound that all such caches have
+    paths = execve._Paths()
+    for number in range(50):
+        name = b"n%d" % number
+        for _ in range(2):
+            assert paths[b"in\0" + name + b"\0"] == f"/{name.decode()}/in"
+        assert paths[b"x" * 256 + name + b"\0"] == f"/{'x' * 256}{name.decode()}"
+        assert paths[name + b"\xff\0"] == f"/{name.decode()}\\xff"
+        assert max(map(len, paths)) < 256
+        assert len(paths) <= 4
+    assert paths[b""] == paths[b"cut before its NUL"] == "/"
 
 
 def test_withdrawn_records_are_counted_once() -> None:

@@ -26,6 +26,7 @@ from ebpfstream.readymade import Counters
 from ebpfstream.records import Records
 from ebpfstream.statistics import Statistics
 from ebpfstream.stream import EventStream
+from ebpfstream.turns import Turn
 
 pytestmark = pytest.mark.anyio
 
@@ -42,6 +43,7 @@ class Hand:
     late = 0
     lost = None
     size = 0
+    room = 1 << 20
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -72,6 +74,7 @@ class Hand:
 
     async def wait(self) -> None:
         await anyio.wait_readable(self._reader)
+        os.read(self._reader, 1 << 16)
 
     def pending(self) -> int:
         return len(self.ready)
@@ -96,7 +99,7 @@ class Hand:
         return ()
 
     def fill(self) -> tuple[int, int]:
-        return 0, 0
+        return 0, self.room
 
     def detach(self) -> None:
         self._note("detach")
@@ -129,6 +132,21 @@ def hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hand]:
 
 def numbers(hand: Hand) -> EventStream[Number]:
     return EventStream(hand, Number, latency=0)
+
+
+async def test_a_large_batch_that_empties_the_buffer(hand: Hand) -> None:
+    """After it the stream waits, as after any other, and ends when it is detached."""
+    hand.submit(*range(20_000))
+    events = numbers(hand)
+    async with events:
+        assert len(await anext(events.batches())) == 20_000
+        with anyio.move_on_after(0.2):
+            await anext(events.batches())
+        drains = hand.log.count("drain")
+        assert drains < 100
+        events.detach()
+        with anyio.fail_after(10):
+            assert [len(batch) async for batch in events.batches()] == []
 
 
 async def test_closing_stops_then_waits_then_drains_then_counts(hand: Hand) -> None:
@@ -207,13 +225,12 @@ async def test_a_drain_that_stopped_at_its_limit_is_followed_without_gathering(
     hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     naps: list[float] = []
-    nap = anyio.sleep
 
-    async def sleep(seconds: float) -> None:
+    async def pause(_: Turn, seconds: float) -> None:
         naps.append(seconds)
-        await nap(0)
+        await anyio.sleep(0)
 
-    monkeypatch.setattr(anyio, "sleep", sleep)
+    monkeypatch.setattr(Turn, "pause", pause)
     async with EventStream(hand, Number, latency=0.25) as events:
         hand.submit(1, padding=1 << 18)
         hand.submit(2)
@@ -227,7 +244,35 @@ async def test_a_drain_that_stopped_at_its_limit_is_followed_without_gathering(
         hand.ready.append(None)
         hand.submit(4)
         await anext(events)
-        assert naps[2:] == [0.25, stream_module._UNFINISHED_PAUSE, 0.25]
+        assert naps[2:] == [0.25, stream_module._UNFINISHED_PAUSE]
+
+
+async def test_no_more_gathers_than_has_room(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While events flow: at the rate of the last time, a quarter of the buffer."""
+    naps: list[float] = []
+
+    async def pause(_: Turn, seconds: float) -> None:
+        naps.append(seconds)
+        await anyio.sleep(0)
+
+    monkeypatch.setattr(Turn, "pause", pause)
+    hand.room = 4096
+    async with EventStream(hand, Number, latency=10) as events:
+        hand.submit(1)
+        async with anyio.create_task_group() as tasks:  # soon enough: they flow
+
+            async def submit() -> None:
+                await anyio.wait_all_tasks_blocked()
+                hand.submit(2)
+
+            await anext(events)
+            tasks.start_soon(submit)
+            await anext(events)
+        assert set(naps) == {10}
+        for padding, seconds in ((1024 - 16, 10), (2048 - 16, 10), (4096 - 16, 5), (0, 1.25), (0, 10)):
+            hand.submit(3, padding=padding)
+            await anext(events)
+            assert naps[-1] == seconds, padding
 
 
 async def test_other_tasks_have_a_turn_between_full_batches(hand: Hand) -> None:
@@ -308,12 +353,53 @@ async def test_closing_does_not_wait_for_events_to_gather(hand: Hand) -> None:
         hand.submit(1)
         tasks.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
-        events.detach()
-        await anyio.wait_all_tasks_blocked()
         began = anyio.current_time()
         await events.aclose()
         assert anyio.current_time() < began + 2
     assert events.statistics().unread == 1
+
+
+async def test_detaching_hands_out_what_gathers(hand: Hand) -> None:
+    events = EventStream(hand, Number, latency=60)
+    async with events, anyio.create_task_group() as tasks:
+        seen: list[int] = []
+
+        async def read() -> None:
+            seen.extend([event.number async for event in events])
+
+        hand.submit(1)
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        events.detach()
+        hand.submit(2)  # by a program that is still running
+    assert seen == [1, 2]
+
+
+async def test_while_events_flow_no_wakeup_is_waited_for(hand: Hand) -> None:
+    """Asked again before `latency` is over, and something there each time it is over: a timer does."""
+    async with EventStream(hand, Number, latency=0.05) as events:
+
+        async def submit() -> None:
+            await anyio.sleep(0.01)
+            hand.submit(0)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(submit)
+            await anext(events)
+        assert events.statistics().wakeups == 1
+        for number in range(1, 6):
+            hand.submit(number)
+            assert (await anext(events)).number == number
+        assert events.statistics().wakeups == 1
+        # Nothing has come in time: wait, and not for a timer.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(events.__anext__)
+            await anyio.sleep(0.5)
+            assert events.statistics().wakeups == 3  # the first for what had been drained without
+            drains = hand.log.count("drain")
+            await anyio.sleep(0.5)
+            assert hand.log.count("drain") == drains
+            hand.submit(6)
 
 
 def test_the_ledger_in_words() -> None:

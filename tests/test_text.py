@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from string import ascii_letters, digits
 
 import pytest
 from hypothesis import example, given
@@ -138,6 +139,41 @@ def test_command_lines_of_plain_words_with_blanks_and_nothing() -> None:
     assert text.command_line(["a b"]) == "'a b'"
     assert text.command_line(["a b", "c"]) == "'a b' c"
     assert text.command_line([]) == ""
+
+
+WORDS = st.one_of(
+    st.text(alphabet="ab-/=%+@:._0 '\"\\", max_size=4).map(str.encode),
+    st.binary(max_size=3),
+    st.sampled_from([rb"\x41", b"\xff", "é".encode(), b"\xed\xa0\x80", b"\n", b"\x7f", b"x" * 5000]),
+)
+
+
+@given(st.lists(WORDS, max_size=4).map(b"\0".join), st.booleans())
+@example(b"", False)
+@example(b"", True)
+@example(b"\0", True)
+@example(b"\0a", True)
+@example(b"a\0", True)
+@example(b"a\0\0b", False)
+@example(b"a b\0c", True)
+@example(b"git\0-C\0/srv/x\0--porcelain=v2", False)  # cut before its NUL
+@example(b"a\n\0b", True)
+@example(b"\xff\0a", True)
+def test_strings_and_their_command_line_in_json(data: bytes, ended: bool) -> None:
+    """Made of the bytes at once, they are as those made of the strings one by one."""
+    data += b"\0" * ended
+    words = values.strings(data)
+    assert values.json_strings(data) == ("[" + ",".join(map(text.json_string, words)) + "]").encode()
+    assert values.json_command_line(data) == text.json_string(text.command_line(words)).encode()
+    assert values.json_text(data) == text.json_string(text.decode(data)).encode()
+
+
+@pytest.mark.parametrize("byte", range(1, 256))
+def test_every_byte_in_a_command_line(byte: int) -> None:
+    data = b"a\0b" + bytes([byte]) + b"\0"
+    line = text.command_line(values.strings(data))
+    assert values.json_command_line(data) == text.json_string(line).encode()
+    assert (line == f"a b{chr(byte)}") == (chr(byte) in ascii_letters + digits + "_@%+=:,./-")
 
 
 def test_escapes_of_five_digits_for_bash() -> None:

@@ -73,6 +73,15 @@ def find(patterns: Sequence[str] = _FOLDERS) -> Path:
     raise BccNotFoundError(message)
 
 
+def version(package: Path) -> str:
+    """The version that the package says it has; "of an unknown version" if it does not."""
+    try:
+        found = re.search(r"""=\s*["']([^"']+)""", (package / "version.py").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else "of an unknown version"
+
+
 def _folders(patterns: Sequence[str]) -> Iterator[Path]:
     for pattern in patterns:
         yield from sorted(Path("/").glob(pattern.lstrip("/")), reverse=True)

@@ -358,12 +358,16 @@ def _verifier_message(name: str, reason: int, log: str) -> str:
     return message + "; the verifier's last lines:\n  " + "\n  ".join(shown)
 
 
-def privilege_error() -> PrivilegeError:
-    """The error for EPERM, with what the process lacks."""
+def privilege_error(*, perf_event: bool = False) -> PrivilegeError:
+    """The error for EPERM, with what the process lacks; `perf_event` if it was to open one of these."""
     message = (
         f"the kernel refuses BPF to this process (uid {os.geteuid()}): run it as root, "
         "or give it the capabilities CAP_BPF and CAP_PERFMON"
     )
+    if perf_event:  # Debian's kernels know a level 3; uprobes: perf_uprobe_event_init(), kernel/events/core.c
+        message += (
+            ", and CAP_SYS_ADMIN where kernel.perf_event_paranoid is above 2, and for uprobes (Linux 6.16)"
+        )
     if _locked_down():
         message = (
             "this kernel is locked down (confidentiality), which forbids BPF programs to read its memory, and all to "

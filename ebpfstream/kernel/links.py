@@ -265,7 +265,7 @@ def _perf_event(
     if fd < 0:
         code = ctypes.get_errno()
         if code in (errno.EPERM, errno.EACCES):
-            raise privilege_error()
+            raise privilege_error(perf_event=True)
         raise AttachError(f"{program.name} cannot be attached to the {hook}: {_reason(hook, code)}")
     descriptors.append(Descriptor(fd))
     try:
@@ -273,7 +273,7 @@ def _perf_event(
         fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)
     except OSError as error:
         if error.errno == errno.EPERM:
-            raise privilege_error() from error
+            raise privilege_error(perf_event=True) from error
         # perf_event_set_bpf_prog() in kernel/events/core.c
         reason = {
             errno.EACCES: "it reads past the end of what this hook hands over",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import re
 import select
@@ -16,12 +17,15 @@ import anyio
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
 
-from ebpfstream.errors import ArgumentError, LoadError
+from ebpfstream.errors import ArgumentError, LoadError, PrivilegeError
 from ebpfstream.kernel import bpf
 from ebpfstream.kernel.bpf import Map, MapType
 from ebpfstream.kernel.ordering import barrier
 from ebpfstream.kernel.perfring import PADDING_MAX, PREFIX, RECORD_MAX, Event, Part, Ring
 from ebpfstream.records import Records, Run
+from ebpfstream.waiting import readable
+
+_log = logging.getLogger("ebpfstream")
 
 _CAME: Final = re.compile(rb"online@/devices/system/cpu/cpu(\d+)\0")
 
@@ -63,6 +67,7 @@ class PerfBuffer:
         self._ring_size = ring_bytes(size, len(cpus))
         self._rings: list[Ring] = []
         self._gathering: set[Ring] = set()
+        self._adapting = True
         self._unsettled = False
         self._holding_back = True
         self._latest = 0
@@ -103,6 +108,17 @@ class PerfBuffer:
 
     def _use(self, ring: Ring, event: Event) -> None:
         self._output.update(struct.pack("<I", ring.cpu), struct.pack("<I", event.fd))
+
+    def wake_every(self, records: int) -> None:
+        """Be woken once for so many records of a CPU, however many there are: to compare with.
+
+        Before anything is submitted.  The last records wait until others come.
+        """
+        self._adapting = False
+        for ring in self._rings:
+            if records > 1:
+                ring.gather(records)
+                self._use(ring, ring.gathering)
 
     @property
     def map(self) -> Map:
@@ -151,7 +167,8 @@ class PerfBuffer:
         self._barrier()
         for part in parts:
             part.take()
-        self._adapt({part.ring: part.count for part in parts})
+        if self._adapting:
+            self._adapt({part.ring: part.count for part in parts})
         for ring in [ring for ring in self._rings if ring.retired and not ring.pending()]:
             self._rings.remove(ring)
             self._lost_before += ring.lost
@@ -210,6 +227,7 @@ class PerfBuffer:
     async def wait(self) -> None:
         """Return when there may be something to drain; at once while much happens."""
         if self._gathering:
+            await checkpoint()
             return
         if self._unsettled:
             # A program may have picked the event that wakes nobody just before it was replaced, and not
@@ -226,23 +244,7 @@ class PerfBuffer:
     async def _readable(self) -> None:
         # Polling a perf event takes its readiness away (perf_poll(), kernel/events/core.c), and registering
         # a descriptor polls it: a record that comes before is not reported after.  So look, once registered.
-        try:
-            async with anyio.create_task_group() as tasks:
-
-                async def look() -> None:
-                    for pause in (0, 0, 0, _SETTLING):
-                        await (anyio.sleep(pause) if pause else checkpoint())
-                        if self.pending():
-                            tasks.cancel_scope.cancel()
-
-                tasks.start_soon(look)
-                await anyio.wait_readable(self._epoll.fileno())
-                tasks.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            # That there is a group is our affair: a Ctrl-C is to arrive as what it is.
-            if len(group.exceptions) == 1:
-                raise group.exceptions[0] from None
-            raise
+        await readable(self._epoll.fileno(), self.pending)
 
     def _see_hotplug(self) -> None:
         """Give a CPU that has come online a ring; that of one that went is dead, but what is in it counts."""
@@ -266,6 +268,9 @@ class PerfBuffer:
             self._add(cpu)
         except LoadError:
             return  # it went again
+        except PrivilegeError as error:  # given up meanwhile
+            _log.warning("CPU %d has come, and what happens on it is lost: %s", cpu, error)
+            return
         for ring in self._rings[:-1]:
             if ring.cpu == cpu:
                 ring.retired = True

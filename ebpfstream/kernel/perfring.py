@@ -75,7 +75,7 @@ class Event(Descriptor):
         if fd < 0:
             code = ctypes.get_errno()
             if code in (errno.EPERM, errno.EACCES):
-                raise bpf.privilege_error()
+                raise bpf.privilege_error(perf_event=True)
             raise LoadError(f"the kernel refused a perf event on CPU {cpu}: {os.strerror(code)}")
         return cls(fd)
 
@@ -110,13 +110,23 @@ class Ring:
                 f"the kernel does not let this process lock {size} bytes for a perf buffer on each CPU: give it "
                 "CAP_IPC_LOCK, raise RLIMIT_MEMLOCK or kernel.perf_event_mlock_kb, or ask for a smaller buffer_size"
             ) from error
-        fcntl.ioctl(self.gathering.fd, _IOC_SET_OUTPUT, self.waking.fd)
         fcntl.ioctl(self.waking.fd, _IOC_ENABLE, 0)
-        fcntl.ioctl(self.gathering.fd, _IOC_ENABLE, 0)
+        self._share(self.gathering)
         memory = memoryview(self._memory)
         self._head = memory[1024:1032].cast("Q")
         self._tail = memory[1032:1040].cast("Q")
         self._data = memory[mmap.PAGESIZE :]
+
+    def _share(self, event: Event) -> None:
+        """Let an event submit to this ring, too."""
+        fcntl.ioctl(event.fd, _IOC_SET_OUTPUT, self.waking.fd)
+        fcntl.ioctl(event.fd, _IOC_ENABLE, 0)
+
+    def gather(self, records: int) -> None:
+        """Let `gathering` be an event that wakes for so many records; no program submits to the one before."""
+        self.gathering.close()
+        self.gathering = Event.open(self.cpu, records)
+        self._share(self.gathering)
 
     @property
     def lost(self) -> int:

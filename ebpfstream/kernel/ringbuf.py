@@ -11,13 +11,12 @@ from __future__ import annotations
 import mmap
 from typing import Final
 
-import anyio
-
 from ebpfstream.errors import ArgumentError, CorruptBufferError
 from ebpfstream.kernel.bpf import Map, MapType
 from ebpfstream.kernel.ordering import barrier
 from ebpfstream.kernel.runs import equal_headers
 from ebpfstream.records import Records, Run
+from ebpfstream.waiting import readable
 
 HEADER_SIZE: Final = 8
 _BUSY: Final = 1 << 31  # BPF_RINGBUF_BUSY_BIT: reserved, not yet submitted
@@ -83,7 +82,7 @@ class RingBuffer:
 
     async def wait(self) -> None:
         """Return when there is something in the buffer, be it unfinished."""
-        await anyio.wait_readable(self._map.fd)
+        await readable(self._map.fd)
 
     def pending(self) -> int:
         """Bytes in the buffer now, unfinished records included."""

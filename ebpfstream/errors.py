@@ -6,6 +6,7 @@ All errors derive from `EbpfStreamError`; those that a caller brought about by a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -119,16 +120,22 @@ class SinkUnavailableError(SinkError):
 class SinkRejectedError(SinkError):
     """A sink will never take this batch, however often it is offered; the next one it may.
 
-    `taken` is how many of the batch's events, its first ones, have arrived nevertheless.
+    `taken` is how many of the batch's events, its first ones, have arrived nevertheless.  Or `rejected` are the
+    numbers, from 0, of those that it will never take; all others have arrived.
     """
 
-    def __init__(self, message: str, taken: int = 0) -> None:
+    def __init__(self, message: str, taken: int = 0, rejected: Collection[int] | None = None) -> None:
         super().__init__(message)
         self.taken = taken
+        self.rejected = rejected
 
 
 class SinkClosedError(SinkError):
     """The sink's other end is gone (a closed pipe), so no send can ever succeed again."""
+
+
+class SourceError(EbpfStreamError):
+    """Events cannot be read back from where a sink sent them."""
 
 
 class QueueFullError(SinkError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, Generic, TypeVarTuple
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, Generic, Protocol, TypeVarTuple, Unpack, runtime_checkable
 
 import anyio
 from anyio import CancelScope
@@ -16,9 +17,8 @@ from ebpfstream.events import E_co
 from ebpfstream.outlet import Outlet
 from ebpfstream.redaction import Redaction
 from ebpfstream.shaping import Shaping
-from ebpfstream.sink import Sink
-from ebpfstream.statistics import ForwardStatistics
-from ebpfstream.stream import EventStream
+from ebpfstream.sink import Delivery, Sink
+from ebpfstream.statistics import ForwardStatistics, Statistics
 
 DEADLINE: Final = 5.0
 """Seconds that a forwarding may take to end, unless told otherwise."""
@@ -32,6 +32,24 @@ SinkFunction = Callable[[EventBatch[Any]], Awaitable[object]]
 """An asynchronous function that is given each batch: the simplest sink."""
 
 
+@runtime_checkable
+class BatchStream(AbstractAsyncContextManager[Any], Protocol[E_co]):
+    """What can be forwarded: an EventStream, and what else hands out batches, such as `count_execve()`."""
+
+    @property
+    def event_type(self) -> type[E_co]:
+        """The class of its events."""
+
+    async def next_batch(self, most: int | None = None) -> EventBatch[E_co] | None:
+        """Wait for events, not more than `most`; None at the end."""
+
+    def detach(self) -> None:
+        """Nothing new is to happen; what has happened still comes, then the end."""
+
+    def statistics(self) -> Statistics:
+        """The ledger."""
+
+
 class FunctionSink(Sink):
     """Calls an asynchronous function with each batch; it has arrived when the function returns.
 
@@ -39,9 +57,9 @@ class FunctionSink(Sink):
     (`Sink`).
     """
 
-    def __init__(self, function: SinkFunction) -> None:
+    def __init__(self, function: SinkFunction, **delivery: Unpack[Delivery]) -> None:
         self.name = getattr(function, "__qualname__", type(function).__name__)
-        super().__init__()
+        super().__init__(**delivery)
         self._function = function
 
     async def send(self, batch: EventBatch[Any]) -> None:
@@ -58,7 +76,7 @@ class Forwarding(Generic[E_co]):
 
     def __init__(
         self,
-        stream: EventStream[E_co],
+        stream: BatchStream[E_co],
         *sinks: Sink | SinkFunction,
         count: int | None = None,
         where: Callable[[E_co], object] | None = None,
@@ -75,16 +93,21 @@ class Forwarding(Generic[E_co]):
         if len({id(sink) for sink in sinks}) < len(sinks):
             raise ArgumentError("a sink is given twice: each has a queue of its own, so make another one")
         self._stream = stream
-        self._shaping = Shaping(stream.event_type, where=where, fields=fields, redact=redact)
+        self.reshape(where=where, fields=fields, redact=redact)
         self._count = count
         self._deadline = deadline
-        self._outlets = [Outlet(sink if isinstance(sink, Sink) else FunctionSink(sink)) for sink in sinks]
+        self._outlets = [
+            Outlet(sink if isinstance(sink, Sink) else FunctionSink(sink), stream.event_type)
+            for sink in sinks
+        ]
         self._opened: list[Outlet] = []
         self._whole: CancelScope | None = None
         self._delivering: CancelScope | None = None
         self._error: Exception | None = None
         self._ends_at: float | None = None
         self._filtered = 0
+        self.attached = anyio.Event()
+        """Set when the stream is: what happens from then on is forwarded."""
 
     async def run(self) -> ForwardStatistics:
         """Open the sinks, then the stream; forward until it ends; deliver, flush, close; the final ledgers.
@@ -137,6 +160,19 @@ class Forwarding(Generic[E_co]):
         for outlet in self._outlets:
             outlet.reopen()
 
+    def reshape(
+        self,
+        *,
+        where: Callable[[E_co], object] | None = None,
+        fields: Mapping[str, str] | Sequence[str] | None = None,
+        redact: Redaction | Sequence[str] | bool = False,
+    ) -> None:
+        """Let these, as `forward` has them, take the place of all that were given, from the next batch on.
+
+        Raises ArgumentError, and then nothing has changed.
+        """
+        self._shaping = Shaping(self._stream.event_type, where=where, fields=fields, redact=redact)
+
     @property
     def sinks(self) -> list[Sink]:
         """What it forwards to; functions as FunctionSink."""
@@ -160,15 +196,16 @@ class Forwarding(Generic[E_co]):
                         for outlet in self._opened:
                             closing.start_soon(self._noting_errors, outlet.close, self._rest())
                 collecting.cancel_scope.cancel()
-        for outlet in self._outlets:
-            outlet.settle()
+        for outlet in self._opened:
+            await self._noting_errors(outlet.settle)
 
     async def _open_and_forward(self, collecting: TaskGroup) -> None:
         for outlet in self._outlets:
             await outlet.open()
             self._opened.append(outlet)
-            collecting.start_soon(outlet.collect)  # until the sink is closed
+            collecting.start_soon(outlet.attend)  # until the sink is closed
         async with self._stream:
+            self.attached.set()
             with CancelScope() as self._delivering:
                 async with anyio.create_task_group() as sending:
                     for outlet in self._outlets:
@@ -198,9 +235,8 @@ class Forwarding(Generic[E_co]):
                 if outlet.offer(batch):
                     without.remove(outlet)
             while without:
-                await without[0].room()
-                if without[0].offer(batch):
-                    without.pop(0)
+                await without[0].take(batch)
+                without.pop(0)
         finally:
             for outlet in without:
                 outlet.refuse(batch)
@@ -222,7 +258,7 @@ class Forwarding(Generic[E_co]):
 
 
 async def forward(
-    stream: EventStream[E_co],
+    stream: BatchStream[E_co],
     *sinks: Sink | SinkFunction,
     count: int | None = None,
     where: Callable[[E_co], object] | None = None,

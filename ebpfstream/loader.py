@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Final, Literal, Self, overload
 from weakref import WeakSet
 
 from anyio.to_thread import run_sync
@@ -36,15 +36,18 @@ from ebpfstream.kernel.names import did_you_mean, near
 from ebpfstream.kernel.perfbuf import PerfBuffer
 from ebpfstream.kernel.ringbuf import RingBuffer
 from ebpfstream.kernel.tracefs import tracepoint_id
-from ebpfstream.kernel.tracepipe import TraceStream
 from ebpfstream.lost import Lost
 from ebpfstream.outputs import PROBE, Output, OutputTypes
 from ebpfstream.programs import UserPrograms
 from ebpfstream.snapshots import Snapshots
 from ebpfstream.stream import LATENCY, EventStream, OnLost
+from ebpfstream.trace_lines import TraceStream
 from ebpfstream.turns import in_thread, to_the_end
 
-_OUTPUTS = (MapType.PERF_EVENT_ARRAY, MapType.RINGBUF)
+_OUTPUTS: Final[dict[MapType, Literal["ring", "perf"]]] = {
+    MapType.PERF_EVENT_ARRAY: "perf",
+    MapType.RINGBUF: "ring",
+}
 
 
 class BPF(Hooks):
@@ -170,6 +173,12 @@ class BPF(Hooks):
         return sorted(self._opened().functions)
 
     @property
+    def outputs(self) -> dict[str, Literal["ring", "perf"]]:
+        """The names of its outputs, each with its kind of buffer."""
+        maps = self._opened().maps
+        return {name: _OUTPUTS[made.type] for name, made in maps.items() if made.type in _OUTPUTS}
+
+    @property
     def maps(self) -> Mapping[str, TypedMap]:
         """Its maps by name, outputs left out; their keys and values are Python's."""
         module = self._opened()
@@ -194,7 +203,7 @@ class BPF(Hooks):
 
     def _output(self, name: str) -> Map:
         module = self._opened()
-        outputs = [known for known, made in module.maps.items() if made.type in _OUTPUTS]
+        outputs = self.outputs
         if name in module.maps and name not in outputs:
             raise ArgumentError(
                 f"{name!r} is a map ({module.maps[name].type.name}), not an output: read bpf.maps[{name!r}], or "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -12,7 +12,8 @@ from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin
 
 from ebpfstream.codec import selection
-from ebpfstream.events import Array, Event, Integer, Kind, layout
+from ebpfstream.events import Array, Event, Integer, Kind, layout, schema_version
+from ebpfstream.text import hyphenated
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _TIME: Final = {"type": "string", "format": "date-time"}
@@ -55,16 +56,17 @@ def json_schema(
 ) -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of each line that `to_json_lines` makes of such events: an event, or a loss.
 
-    `fields` are those that are chosen, as for `EventBatch.select`.  Where the type has a version, the `$id` ends with
-    it: within one version fields are only added.  Raises EventTypeError, ArgumentError for unknown fields.
+    `fields` are those that are chosen, as for `EventBatch.select`; with them it has no `$id`.  Where the type has a
+    version, the `$id` ends with it: within one version fields are only added.  Raises EventTypeError, ArgumentError
+    for unknown fields.
     """
     kinds = layout(event_type).kinds
     event = _object(
         event_type, {name: name for name in kinds} if fields is None else selection(event_type, fields)
     )
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", event_type.__name__).lower()
-    version = event_type.__schema_version__
-    identity = {} if version is None else {"$id": f"urn:ebpfstream:{name}:{version}"}
+    name = hyphenated(event_type.__name__)
+    version = schema_version(event_type)
+    identity = {} if version is None or fields is not None else {"$id": f"urn:ebpfstream:{name}:{version}"}
     return {"$schema": _DIALECT, **identity, "title": event_type.__name__, "oneOf": [event, _LOST]}
 
 
@@ -101,8 +103,12 @@ def _integer(kind: Integer) -> dict[str, Any]:
 def _value(type: Any) -> dict[str, Any]:
     if get_origin(type) in (Union, UnionType):
         return {"anyOf": [_value(part) for part in get_args(type)]}
-    if get_origin(type) is tuple:
-        return {"type": "array", "items": _value(get_args(type)[0])}
+    match get_origin(type), get_args(type):
+        case builtins.tuple, [item, builtins.Ellipsis]:
+            return {"type": "array", "items": _value(item)}
+        case builtins.tuple, items:
+            each = [_value(item) for item in items]
+            return {"type": "array", "prefixItems": each, "minItems": len(each), "maxItems": len(each)}
     if inspect.isclass(type) and issubclass(type, Event):
         return _object(type, {name: name for name in layout(type).kinds})
     return dict(_PLAIN.get(type, {}))

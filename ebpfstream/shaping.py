@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic
 
 from ebpfstream.batch import EventBatch
 from ebpfstream.codec import selection
-from ebpfstream.errors import DecodeError
+from ebpfstream.errors import ArgumentError, DecodeError
 from ebpfstream.events import E_co
 from ebpfstream.redaction import Redaction
 
@@ -35,7 +35,7 @@ class Shaping(Generic[E_co]):
         elif redact is True:
             self._redaction = Redaction()
         else:
-            self._redaction = Redaction(redact) if redact else None
+            self._redaction = None if redact is False else Redaction(redact)
 
     def shape(self, batch: EventBatch[E_co]) -> EventBatch[E_co]:
         """The batch for the sinks.  What `where` raises comes out as it is."""
@@ -43,7 +43,9 @@ class Shaping(Generic[E_co]):
             batch = batch.keep(self._verdicts(batch, self._where))
         if self._redaction is not None:
             batch = self._redaction.redact(batch)
-        return batch if self._fields is None else batch.select(self._fields)
+        if self._fields is None:
+            return batch
+        return batch.showing(self._fields)
 
     @staticmethod
     def _verdicts(batch: EventBatch[E_co], where: Callable[[E_co], object]) -> Iterator[object]:
@@ -52,3 +54,19 @@ class Shaping(Generic[E_co]):
                 yield True
             else:
                 yield from map(where, chunk)
+
+
+def named_fields(chosen: Iterable[str]) -> dict[str, str]:
+    """Fields given as text, `pid` or `comm=name`: the names in JSON by those of the fields, in their order.
+
+    Raises ArgumentError for a field that is given twice, or has no name.
+    """
+    fields: dict[str, str] = {}
+    for part in chosen:
+        name, _, new = (piece.strip() for piece in part.partition("="))
+        if not name:
+            raise ArgumentError(f"{part!r} names no field: give pid, or comm=name for another name in JSON")
+        if name in fields:
+            raise ArgumentError(f"the field {name!r} is given twice: give it once")
+        fields[name] = new or name
+    return fields

@@ -21,7 +21,7 @@ ENTRY_POINTS: Final = "ebpfstream.sinks"
 CLOSING: Final = 5.0
 """Seconds that a sink may take to close, unless told otherwise."""
 
-WhenFull = Literal["block", "drop_newest", "drop_oldest", "fail"]
+WhenFull = Literal["block", "drop_newest", "drop_oldest", "spill", "fail"]
 """What becomes of a batch for which a sink's queue has no room."""
 
 
@@ -31,13 +31,24 @@ class Delivery(TypedDict, total=False):
     when_full: WhenFull
     """While the queue has no room: "block" (the default) reads nothing more for any sink, so that the kernel's buffer
     fills, and then loses; "drop_newest" and "drop_oldest" drop what comes, or what waits the longest, and count it;
-    "fail" ends the forwarding with QueueFullError."""
+    "spill" goes on in the spool until that is empty; "fail" ends the forwarding with QueueFullError."""
     queue_size: Size
     """Bytes of events, as they were in the kernel's buffer, that may wait for this sink (8 MiB)."""
     retry_for: Seconds
     """How long a batch is offered again to a sink that is unavailable, until it counts as failed (for ever)."""
     dead_letters: str | None
     """A file to which events are appended that the sink will never take, each with the reason, as JSON lines."""
+    spool: str | None
+    """A folder, for this sink alone, that holds what there is no room for in memory (`when_full="spill"`), or
+    everything (`durable`).  What has not arrived at the end stays there, and the next life of the program goes on with
+    it.  It is to be given events of the same type again."""
+    durable: bool
+    """Whether events are in the spool before they count as accepted, so that SIGKILL loses none of them."""
+    spool_size: Size
+    """Bytes that the spool may hold (1 GiB); when it is full, the oldest events are dropped, and counted."""
+    spool_fsync: Literal["never", "batch"] | Seconds
+    """When the disk has what is in the spool, should the machine crash: "never" leaves it to the kernel (the default),
+    "batch" before events count as accepted, or so many seconds later."""
 
 
 class Sink(ABC):
@@ -58,7 +69,7 @@ class Sink(ABC):
 
     - SinkUnavailableError: not now.  The rest of the batch, without the `taken` events that have arrived, is offered
       again, as often as need be; with `taken` 0 none of its losses have arrived either, or the sink remembers them.
-    - SinkRejectedError: never.  The rest of the batch goes to the dead letters.
+    - SinkRejectedError: never.  What it names goes to the dead letters; the others have arrived.
     - DecodeError: a record does not fit its type.  Nothing of the batch has arrived; it is offered again without it.
     - SinkClosedError: the other end is gone for good; any other SinkError: the sink cannot go on.  Forwarding ends.
 
@@ -82,6 +93,10 @@ class Sink(ABC):
     queue_size: int = 8 << 20
     retry_for: float = inf
     dead_letters: str | None = None
+    spool: str | None = None
+    durable: bool = False
+    spool_size: int = 1 << 30
+    spool_fsync: Literal["never", "batch"] | float = "never"
     address_example: ClassVar[str] = ""
     """An address of such a sink, for messages."""
 
@@ -92,6 +107,10 @@ class Sink(ABC):
         queue_size: Size = queue_size,
         retry_for: Seconds = retry_for,
         dead_letters: str | None = dead_letters,
+        spool: str | None = spool,
+        durable: bool = durable,
+        spool_size: Size = spool_size,
+        spool_fsync: Literal["never", "batch"] | Seconds = spool_fsync,
     ) -> None:
         if when_full not in get_args(WhenFull):
             raise ArgumentError(
@@ -101,7 +120,16 @@ class Sink(ABC):
             raise ArgumentError(f"queue_size={queue_size} is impossible: give bytes, 1 or more")
         if not retry_for >= 0:
             raise ArgumentError(f"retry_for={retry_for} is impossible: give seconds, 0 or more")
+        if spool is None and (durable or when_full == "spill"):
+            what = "durable=True" if durable else 'when_full="spill"'
+            raise ArgumentError(f"{what} needs a folder for what is kept: give spool= as well")
+        if spool is not None and not durable and when_full != "spill":
+            raise ArgumentError(f'spool={spool!r} is for when_full="spill" or durable=True: give one of them')
         self.when_full = when_full
+        self.spool = spool
+        self.durable = durable
+        self.spool_size = spool_size
+        self.spool_fsync = spool_fsync
         self.queue_size = queue_size
         self.retry_for = retry_for
         self.dead_letters = dead_letters
@@ -138,7 +166,8 @@ class Sink(ABC):
     async def aclose(self, deadline: float = CLOSING) -> None:
         """Give up what `open` took, in at most so many seconds.  Called once, last.
 
-        Until then what has been taken and not acknowledged may still arrive; after it, nothing does.
+        Until then what has been taken and not acknowledged may still arrive; after it, nothing does.  What an awaitable
+        stands for that has not returned by then, or is cancelled, counts as not arrived.
         Raises nothing that is not a bug.
         """
 
@@ -155,13 +184,15 @@ class Sink(ABC):
         await self.aclose()
 
 
-def open_sink(address: str) -> Sink:
+def open_sink(address: str, /, **options: object) -> Sink:
     """The sink that an address such as `stdout:` or `file:exec.jsonl?rotate=100MB&keep=10` means, not yet open.
 
     Which kinds there are, installed packages say: the entry points of the group `ebpfstream.sinks`, by scheme.  The
-    options are the parameters of the sink's class.  Raises ArgumentError, which says what there is.
+    options are the parameters of the sink's class.  They stand in the address, or beside it as text or values:
+    `open_sink("file:exec.jsonl", rotate="100MB", keep=10)`; True is yes, None is none.  Raises ArgumentError, which
+    says what there is; for an option, also one that is given in both, OptionError.
     """
-    url = SinkURL.parse(address)
+    url = SinkURL.parse(address).with_options(options)
     offers = [offer for offer in entry_points(group=ENTRY_POINTS) if offer.name == url.scheme]
     if not offers:
         raise ArgumentError(f"{address!r}: there is no sink {url.scheme!r}{_what_there_is(url.scheme)}")

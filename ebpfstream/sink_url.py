@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from math import isfinite
 from typing import Any, Self, get_type_hints
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ebpfstream import options
 from ebpfstream.errors import ArgumentError
+
+
+class OptionError(ArgumentError):
+    """An option that a sink does not take, or not with this value.
+
+    `option` is its name, `problem` the message without address and name, `is_known` whether there is such an option.
+    """
+
+    def __init__(self, message: str, option: str, problem: str, *, is_known: bool) -> None:
+        super().__init__(message)
+        self.option, self.problem, self.is_known = option, problem, is_known
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,10 @@ class SinkURL:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises ArgumentError for what is no address."""
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise ArgumentError(f"{text!r} is no address: {error}") from None
         if not parts.scheme:
             raise ArgumentError(
                 f"{text!r} names no kind of sink: write it as SCHEME:…, for example file:{text}"
@@ -41,25 +58,61 @@ class SinkURL:
             raise ArgumentError(f"{text!r} gives an option twice")
         return cls(text, parts.scheme, unquote(parts.netloc), unquote(parts.path), given)
 
+    def with_options(self, given: Mapping[str, object]) -> Self:
+        """The same address with options beside its own, as text or as values (`option_text`).
+
+        Raises OptionError for a value that is none, and for an option that the address has as well.
+        """
+        texts = {}
+        for name, value in given.items():
+            if name in self.options:
+                raise self._wrong(
+                    name, f"the option {name!r} is given in the address and beside it: leave one out"
+                )
+            try:
+                texts[name] = option_text(value)
+            except ArgumentError as error:
+                raise self._wrong(name, str(error), f"{name}: ") from None
+        return replace(self, options=texts | self.options)
+
+    def _wrong(self, option: str, problem: str, prefix: str = "", *, is_known: bool = True) -> OptionError:
+        return OptionError(f"{self.text!r}: {prefix}{problem}", option, problem, is_known=is_known)
+
     def arguments(self, function: Callable[..., Any], *, without: str = "") -> dict[str, Any]:
         """The options as keyword arguments for a function or a class, each of the type that its annotation says.
 
-        `without` names parameters, separated by spaces, that are no options.  Raises ArgumentError for what it does
+        `without` names parameters, separated by spaces, that are no options.  Raises OptionError for what it does
         not take, or not in this form, and says what it does.
         """
         hints = _parameters(function, without.split())
         for name in self.options:
             if name not in hints:
-                raise ArgumentError(
-                    f"{self.text!r}: there is no option {name!r}{_what_there_is(name, hints)}"
+                raise self._wrong(
+                    name, f"there is no option {name!r}{_what_there_is(name, hints)}", is_known=False
                 )
         made = {}
         for name, text in self.options.items():
             try:
                 made[name] = options.parse(text, hints[name])
             except ArgumentError as error:
-                raise ArgumentError(f"{self.text!r}: {name}={error}") from None
+                raise self._wrong(name, str(error), f"{name}=") from None
         return made
+
+
+def option_text(value: object) -> str:
+    """A value as the text that means it: True → yes, 0.5 → 0.5, None → none; text and paths as they are.
+
+    Raises ArgumentError for what is no option's value: lists, tables, dates.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and isfinite(value):
+        return f"{Decimal(repr(value)):f}"  # units are not taken by 1e-05
+    if value is None or isinstance(value, int | float):
+        return str(value).lower()
+    if isinstance(value, str | os.PathLike):
+        return os.fsdecode(value)
+    raise ArgumentError(f"{value!r} is no option's value: give text, a number, or true or false")
 
 
 def _parameters(function: Callable[..., Any], without: list[str]) -> dict[str, Any]:

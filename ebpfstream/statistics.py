@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def counted(*counts: tuple[int | None, str]) -> str:
+    """Those counts that are known and not 0, to go on behind others."""
+    return "".join(f", {count} {name}" for count, name in counts if count)
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """A stream's ledger at one moment.  All counts are events, since the stream was opened.
@@ -83,16 +88,13 @@ class Statistics:
         else:
             line += f"; {self.tried} tried = {self.submitted} submitted + {self.lost} lost"
             line += f" + {self.skipped} skipped" if self.skipped else ""
-        for count, name in (
+        return line + counted(
             (self.undecodable, "undecodable"),
             (self.unread, "unread"),
             (self.late, "late"),
             (self.rejected, "rejected by filters"),
             (self.misses, "missed by the kernel"),
-        ):
-            if count:
-                line += f", {count} {name}"
-        return line
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +103,23 @@ class SinkStatistics:
 
     Counts are events unless said otherwise; they balance at any moment:
 
-        accepted == acknowledged + dropped + failed + in_flight
+        accepted + recovered == acknowledged + dropped + failed + spooled + in_flight
     """
 
     name: str
     """The sink's."""
     accepted: int = 0
     """Events that were to go to the sink."""
+    recovered: int = 0
+    """Events that were found in the spool: an earlier life of the program had accepted them."""
     acknowledged: int = 0
     """Events that have arrived where the sink sends to."""
     dropped: int = 0
     """Events for which its queue had no room, or for which it had no time left at the end."""
     failed: int = 0
     """Events that the sink will never take, or that do not fit their type; in the dead letters, if there are any."""
+    spooled: int = 0
+    """Events in the spool, and not on their way; at the end, for the next life of the program."""
     in_flight: int = 0
     """Events in the queue, or on their way; 0 at the end."""
     batches: int = 0
@@ -126,18 +132,27 @@ class SinkStatistics:
     """Bytes that wait in it now."""
     queued_most: int = 0
     """The most bytes that have waited in it."""
+    lag: float = 0.0
+    """Seconds since the oldest event was accepted that has neither arrived nor been given up; 0 if there is none.
+    Those of an earlier life count from when they were found."""
+    spool_size: int | None = None
+    """Bytes that the spool may hold; None if the sink has none."""
+    spool_bytes: int | None = None
+    """Bytes of it that are on disk now."""
+    away: bool = False
+    """Whether the sink was unavailable when it was last asked."""
     last_error: str = ""
     """What the sink last said that it could not do."""
 
     def __str__(self) -> str:
-        line = f"{self.name}: {self.acknowledged} of {self.accepted} events"
-        for count, name in (
+        line = f"{self.name}: {self.acknowledged} of {self.accepted + self.recovered} events"
+        line += f" ({self.recovered} of an earlier life)" if self.recovered else ""
+        line += counted(
             (self.dropped, "dropped"),
             (self.failed, "failed"),
+            (self.spooled, "in the spool"),
             (self.in_flight, "on their way"),
-        ):
-            if count:
-                line += f", {count} {name}"
+        )
         if self.retries:
             line += f"; unavailable {self.retries} times"
         return line if not self.last_error else f"{line}; last: {self.last_error}"
@@ -154,6 +169,19 @@ class ForwardStatistics:
     sinks: tuple[SinkStatistics, ...] = ()
     filtered: int = 0
     """Events that `where` left out."""
+
+    @property
+    def complete(self) -> bool | None:
+        """Whether nothing was lost: every event that happened has arrived at each sink, or is in its spool.
+
+        None if the stream's losses are unknown.  What `where` and filters left out, and what nobody had asked for
+        when it ended, counts for nothing.
+        """
+        if self.stream.undecodable or any(
+            sink.dropped or sink.failed or sink.in_flight for sink in self.sinks
+        ):
+            return False
+        return self.stream.complete
 
     def __str__(self) -> str:
         first = f"{self.stream}, {self.filtered} left out by where" if self.filtered else str(self.stream)

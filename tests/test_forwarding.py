@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
@@ -16,6 +19,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from ebpfstream.batch import EventBatch
+from ebpfstream.dead_letters import DeadLetters
 from ebpfstream.errors import (
     ArgumentError,
     QueueFullError,
@@ -26,15 +30,21 @@ from ebpfstream.errors import (
 )
 from ebpfstream.forwarding import Forwarding, forward
 from ebpfstream.lost import Lost
+from ebpfstream.opening import alone, open_whole
 from ebpfstream.outlet import Outlet
 from ebpfstream.records import Records
 from ebpfstream.sink import Sink
+from ebpfstream.sinks.file import FileSink
 from ebpfstream.statistics import ForwardStatistics, SinkStatistics
 from ebpfstream.stream import EventStream
+from ebpfstream.testing import ExampleEvent, make_batch
+from ebpfstream.testing.cancelling import Outcome, Way, cancelled_at
+from ebpfstream.testing.harness import at_each_await, held
+from tests.test_file import disk
 from tests.test_stream import Hand, Number, hand, numbers
 
 pytestmark = pytest.mark.anyio
-__all__ = ["hand"]
+__all__ = ["disk", "hand"]
 
 Answer = Callable[[EventBatch[Any]], Awaitable[Any]]
 
@@ -197,6 +207,26 @@ async def test_where_leaves_out_and_count_is_of_the_others(hand: Hand) -> None:
     assert ended(statistics)[0].accepted == 3
 
 
+async def test_what_stands_between_can_be_changed_meanwhile(hand: Hand) -> None:
+    lines: list[bytes] = []
+
+    async def keep(batch: EventBatch[Any]) -> None:
+        lines.append(batch.to_json_lines())
+        if len(lines) == 1:
+            with pytest.raises(ArgumentError, match="has no field 'nomber'"):
+                forwarding.reshape(fields=["nomber"])
+            forwarding.reshape(where=lambda event: event.number > 1, fields={"number": "n"})
+            hand.submit(1, 2)
+        else:
+            forwarding.end()
+
+    forwarding = Forwarding(numbers(hand), keep, where=lambda event: event.number < 2)
+    hand.submit(1, 2)
+    statistics = await forwarding.run()
+    assert lines == [b'{"number":1}\n', b'{"n":2}\n']
+    assert statistics.filtered == 2
+
+
 async def test_an_error_of_where_ends_it(hand: Hand) -> None:
     hand.submit(1)
     hand.submit(0)
@@ -279,7 +309,7 @@ async def test_what_was_lost_before_is_told_with_what_is_dropped(hand: Hand) -> 
         return EventBatch(Number, Records(bytes(16), 8, [(0, 16, 8, 1)]), 0, lost)
 
     sink = Noting("a", when_full="drop_newest", queue_size=16)
-    outlet = Outlet(sink)
+    outlet = Outlet(sink, Number)
     assert outlet.offer(batch())
     assert outlet.offer(batch(Lost(0, 2, 10, 11), Lost(1, None)))
     assert outlet.offer(batch(Lost(0, 3, 20, 22), Lost(1, 5)))
@@ -398,10 +428,148 @@ async def test_without_dead_letters_it_is_said(hand: Hand, caplog: pytest.LogCap
     assert [record.message for record in caplog.records] == ["a: 2 events are given up: too large"]
 
 
-async def test_dead_letters_that_cannot_be_written(hand: Hand, tmp_path: Path) -> None:
-    with pytest.raises(SinkError, match=r"dead_letters='.*' cannot be opened: Is a directory; give a file"):
-        await forward(numbers(hand), Noting("a", dead_letters=str(tmp_path)))
+async def test_dead_letters_that_cannot_be_opened(hand: Hand, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # that nobody reads
+    (tmp_path / "text").write_bytes(b"hello\n")
+    before = held()
+    for name, message in {
+        ".": "is a folder: give a file's name in it",
+        "fifo": "is a pipe, and only a regular file can be repaired",
+        "/dev/full": "is a device",
+        "missing/dead.jsonl": "No such file or directory: make its folder",
+        "text": "does not end with a line of JSON: give another file",
+    }.items():
+        with anyio.fail_after(10), pytest.raises(SinkError, match=f"dead_letters='.*': .*{message}"):
+            await forward(numbers(hand), Noting("a", dead_letters=str(tmp_path / name)))
     assert "open" not in hand.log
+    assert held() == before
+    assert (tmp_path / "text").read_bytes() == b"hello\n"
+
+
+@pytest.mark.parametrize("events_first", [True, False])
+async def test_dead_letters_in_a_file_of_events(hand: Hand, tmp_path: Path, events_first: bool) -> None:
+    path = tmp_path / "events.jsonl"
+    sinks: list[Sink] = [FileSink(path), Noting("a", dead_letters=str(path))]
+    with pytest.raises(SinkError, match="another process or sink is writing to it: give each a file"):
+        await forward(numbers(hand), *sinks[:: 1 if events_first else -1])
+    with pytest.raises(SinkError, match="another process or sink is writing to it: give each a file"):
+        await forward(numbers(hand), FileSink(path, dead_letters=str(path)))
+    assert path.read_bytes() == b""
+
+
+async def test_dead_letters_that_were_moved_away_go_on_in_a_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "dead"
+    letters = DeadLetters(str(path), "a sink")
+    await letters.open()
+    await letters.add(make_batch([ExampleEvent(1, "a", "b")]), "first")
+    path.rename(tmp_path / "old")
+    await letters.add(make_batch([ExampleEvent(2, "a", "b")]), "second")
+    letters.close()
+    reasons = [json.loads((tmp_path / name).read_text())["reason"] for name in ("old", "dead")]
+    assert reasons == ["first", "second"]
+
+
+async def test_torn_dead_letters_are_repaired(hand: Hand, tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    path.write_bytes(b'{"whole":1}\n{"torn":')
+    hand.submit(1)
+    await forward(numbers(hand), Noting("a", None, SinkRejectedError("no"), dead_letters=str(path)), count=1)
+    first, second = (json.loads(line) for line in path.read_bytes().splitlines())
+    assert (first, second["event"]) == ({"whole": 1}, {"number": 1})
+
+
+_OTHER = """
+import sys, time
+from pathlib import Path
+from ebpfstream.opening import alone, open_whole
+fd = open_whole(Path(sys.argv[1]), 0o600, shared=True).fd
+with alone(fd):
+    print(flush=True)
+    sys.stdin.readline()
+"""
+
+
+async def test_sinks_share_dead_letters(hand: Hand, tmp_path: Path) -> None:
+    """With those of another process; each line is whole."""
+    path = tmp_path / "dead.jsonl"
+    many = 50
+
+    def rejecting(name: str) -> Sink:
+        errors = [SinkRejectedError(name * 9000) for _ in range(many)]
+        return Noting(name, None, *errors, dead_letters=str(path))
+
+    for number in range(many):
+        hand.submit(number)
+    other = subprocess.Popen(
+        [sys.executable, "-c", _OTHER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with other:
+        assert other.stdout
+        assert other.stdin
+        assert other.stdout.readline() == b"\n"
+        with pytest.raises(SinkError, match="another process or sink"):
+            await FileSink(path).open()
+        other.stdin.close()  # it goes
+        ledgers = ended(await forward(numbers(hand), rejecting("a"), rejecting("b"), count=many))
+    assert [ledger.failed for ledger in ledgers] == [many, many]
+    found = letters(path)
+    for name in "ab":
+        own = [letter["event"]["number"] for letter in found if letter["reason"] == name * 9000]
+        assert own == list(range(many))
+    assert len(found) == 2 * many
+
+
+async def test_dead_letters_wait_while_another_appends(
+    hand: Hand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not for ever; what is there stays whole."""
+    path = tmp_path / "dead.jsonl"
+    ours, theirs = DeadLetters(str(path), "a"), open_whole(path, 0o600, shared=True).fd
+    await ours.open()
+    batch = make_batch([ExampleEvent(1, "a", "b")])
+    async with anyio.create_task_group() as tasks:
+        with alone(theirs):
+            tasks.start_soon(ours.add, batch, "first")
+            await anyio.sleep(0.05)
+            assert path.read_bytes() == b""
+    assert [letter["reason"] for letter in letters(path)] == ["first"]
+    monkeypatch.setattr("ebpfstream.opening._PATIENCE", 0.01)
+    with alone(theirs):
+        await ours.add(batch, "second")
+        with pytest.raises(SinkError, match="another process or sink is writing to it"):
+            await DeadLetters(str(path), "b").open()
+    await ours.add(batch, "third")
+    assert [letter["reason"] for letter in letters(path)] == ["first", "third"]
+    ours.close()
+    os.close(theirs)
+
+
+async def test_dead_letters_on_a_full_disk(hand: Hand, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What does not get there whole is taken back, and said."""
+    path = disk / "dead.jsonl"
+    errors = [SinkRejectedError("x" * size) for size in (20_000, 20_000, 1)]
+    for number in (1, 2, 3):
+        hand.submit(number)
+    with caplog.at_level(logging.ERROR, "ebpfstream"):
+        sink = Noting("a", None, *errors, dead_letters=str(path))
+        (ledger,) = ended(await forward(numbers(hand), sink, count=3))
+    assert ledger.failed == 3
+    assert [letter["event"]["number"] for letter in letters(path)] == [1, 3]
+    said = f"a: dead letters: cannot append to {path}: No space left on device: make room on its disk"
+    assert [record.message.split(",")[0] for record in caplog.records] == [said]
+
+
+async def test_opening_dead_letters_cancelled_leaves_nothing_open(tmp_path: Path) -> None:
+    async def cancel(step: int, way: Way) -> Outcome:
+        letters = DeadLetters(str(tmp_path / "dead.jsonl"), "a")
+        outcome = await cancelled_at(step, letters.open(), way)
+        if outcome.completed:
+            letters.close()
+        assert held() == before
+        return outcome
+
+    before = held()
+    await at_each_await(cancel)
 
 
 async def test_records_that_do_not_fit_are_left_out(hand: Hand, tmp_path: Path) -> None:
@@ -427,7 +595,7 @@ async def test_records_that_do_not_fit_are_left_out(hand: Hand, tmp_path: Path) 
 async def test_losses_of_a_batch_that_was_given_up_are_told_with_the_next(hand: Hand) -> None:
     records = Records(bytes(16), 8, [(0, 16, 8, 1)])
     sink = Noting("a", None, SinkRejectedError("no"))
-    outlet = Outlet(sink)
+    outlet = Outlet(sink, Number)
     outlet.offer(EventBatch(Number, records, 0, (Lost(3, 2),)))
     outlet.offer(EventBatch(Number, records))
     outlet.finish()
@@ -461,6 +629,138 @@ async def test_a_sink_that_does_not_open(hand: Hand) -> None:
     assert first.log == ["open first", "close first"]
     assert bad.log == []
     assert [entry for entry in hand.log if entry != "counters"] == []
+
+
+async def test_whether_a_sink_is_away(
+    hand: Hand, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it takes what it is sent, or can do what it could not do."""
+    monkeypatch.setattr("ebpfstream.outlet._FIRST_DELAY", 0.001)
+    monkeypatch.setattr("ebpfstream.outlet._LONGEST_DELAY", 0.001)
+
+    class Failing(Noting):
+        failing = ""
+
+        async def send(self, batch: EventBatch[Any]) -> Awaitable[None] | None:
+            self.fail("send")
+            return await super().send(batch)
+
+        async def flush(self) -> None:
+            self.fail("flush")
+
+        async def reopen(self) -> None:
+            self.fail("reopen")
+
+        def fail(self, what: str) -> None:
+            if self.failing == what:
+                raise SinkUnavailableError(f"no {what}")
+
+    sink, events = Failing("a"), numbers(hand)
+    sink.flush_every = 0.001
+    forwarding = Forwarding(events, sink, Noting("b"))
+
+    def away() -> bool:
+        of_a, of_b = forwarding.statistics().sinks
+        assert not of_b.away
+        return of_a.away
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(forwarding.run)
+        for number, failing in enumerate(("send", "flush", "reopen")):
+            assert not away()
+            sink.failing = failing
+            if failing == "reopen":
+                forwarding.reopen()
+            else:
+                hand.submit(number)
+            await until(away)
+            assert forwarding.statistics().sinks[0].last_error == f"no {failing}"
+            sink.failing = ""
+            await until(lambda: not away())
+        events.detach()
+    said = [record.message for record in caplog.records]
+    assert list(dict.fromkeys(said[::2])) == [
+        f"a: no {what}; trying again" for what in ("send", "flush", "reopen")
+    ]
+    assert set(said[1::2]) == {"a: going on"}
+    assert len(said) % 2 == 0
+
+
+class Clock:
+    """Goes as the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        for module in ("backlog", "outlet"):
+            monkeypatch.setattr(f"ebpfstream.{module}.monotonic", lambda: self.now)
+
+
+async def test_the_age_of_the_oldest_that_has_not_arrived(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, sink = Clock(monkeypatch), Ahead()
+    events = numbers(hand)
+    forwarding = Forwarding(events, sink)
+
+    def lag() -> float:
+        (ledger,) = forwarding.statistics().sinks
+        return ledger.lag
+
+    async def after(answers: int, *errors: Exception) -> float:
+        left = len(sink.pending) - answers
+        before = forwarding.statistics().sinks[0].in_flight
+        for _ in range(answers):
+            sink.answer(*errors)
+        await until(lambda: forwarding.statistics().sinks[0].in_flight == before - answers)
+        assert len(sink.pending) == left
+        return lag()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(forwarding.run)
+        assert lag() == 0
+        for number in (1, 2, 3, 4):
+            hand.submit(number)
+            await until(lambda number=number: len(sink.pending) == number)  # type: ignore[misc]
+            clock.now += 10
+        assert lag() == 40
+        assert await after(1) == 30
+        assert await after(1, SinkRejectedError("no")) == 20  # given up, it is not waited for
+        clock.now += 0.5
+        assert await after(1) == 10.5
+        assert await after(1) == 0
+        clock.now += 10
+        assert lag() == 0
+        hand.submit(5)
+        await until(lambda: sink.pending)
+        clock.now += 1
+        assert lag() == 1
+        sink.answer()
+        events.detach()
+    assert lag() == 0
+
+
+async def test_the_age_of_what_waits_in_the_queue_and_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    go = anyio.Event()
+
+    async def part(batch: EventBatch[Any]) -> None:
+        await go.wait()
+        raise SinkUnavailableError("no", taken=1)
+
+    records = Records(bytes(32), 8, [(0, 16, 8, 2)])
+    outlet = Outlet(Noting("a", None, part, stuck), Number)
+    outlet.offer(EventBatch(Number, records)[:0].with_lost((Lost(0, 1),)))  # no event
+    clock.now += 5
+    assert outlet.statistics().lag == 0
+    outlet.offer(EventBatch(Number, records))
+    clock.now += 5
+    assert outlet.statistics().lag == 5
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(outlet.send_all)
+        go.set()
+        await until(lambda: outlet.statistics().retries)
+        assert outlet.statistics().lag == 5
+        tasks.cancel_scope.cancel()
 
 
 # --- a sink that sends ahead
@@ -598,7 +898,7 @@ async def test_cancelled_it_ends_by_its_deadline(
     """Though a sink takes nothing; and what it did not get is counted."""
     for how in cancellations(anyio_backend):
         sink, fast = Noting("a", None, stuck, queue_size=40), Noting("fast")
-        forwarding = Forwarding(numbers(hand), sink, fast, deadline=0.2)
+        forwarding = Forwarding(numbers(hand), sink, fast, deadline=1)
         for first in range(0, 6, 2):
             hand.submit(first, first + 1)
         with anyio.fail_after(10):

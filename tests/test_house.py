@@ -24,38 +24,47 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up.  A module imports from lines above its own; within a line only the modules of
 # one package that is listed in PACKAGES import one another.
 LAYERS = (
-    ("errors", "lost", "records", "text", "statistics"),
-    ("events", "turns", "options"),
+    ("ages", "asking", "errors", "lost", "origin", "records", "segments", "text", "statistics", "waiting"),
+    ("completeness", "events", "turns", "options", "opening", "spool"),
     ("sink_url",),
     ("c_types", "unpacking"),
     ("descriptions",),
     ("values",),
-    ("codec", "losses"),
+    ("codec", "losses", "parsing"),
     ("columns",),
     ("batch",),
-    ("kernel",),
+    ("making",),
+    ("packing", "kernel"),
     ("containers", "filters", "syscall_names"),
     ("readymade",),
     ("stream",),
-    ("outputs", "programs", "hooks", "snapshots"),
+    ("outputs", "programs", "hooks", "snapshots", "trace_lines"),
     ("loader",),
-    ("tracers", "sink", "table", "redaction"),
+    ("tracers", "program_file", "sink", "table", "redaction", "conditions"),
     ("sinks", "shaping", "schema", "dead_letters"),
+    ("backlog", "source"),
     ("outlet",),
     ("forwarding",),
+    ("bench", "doctor", "service"),
     ("cli", "testing"),
     ("__main__",),
 )
-PACKAGES = {"kernel", "sinks", "testing"}
+PACKAGES = {"bench", "cli", "kernel", "service", "sinks", "testing"}
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 SINKS_SEE = {
     "batch",
+    "columns",
     "errors",
     "events",
+    "lost",
+    "opening",
     "options",
     "sink",
     "sink_url",
+    "sinks.kafka_client",
+    "sinks.kafka_producer",
+    "sinks.kafka_records",
     "sinks.rotation",
     "table",
     "text",
@@ -64,11 +73,27 @@ SINKS_SEE = {
 
 # Libraries that are costly or optional, and who may import them.
 IMPORTERS: dict[str, set[str]] = {
-    "aiokafka": set(),
+    "aiokafka": {"sinks.kafka_client"},
     "bcc": set(),  # kernel/bcc.py loads it from its folder, by another name
-    "click": {"cli"},
-    "numpy": {"batch", "columns"},
-    "orjson": {"cli", "dead_letters", "values"},
+    "click": {
+        "bench.command",
+        "cli",
+        "cli.counts",
+        "cli.doctor",
+        "cli.events",
+        "cli.messages",
+        "cli.program",
+        "cli.service",
+        "cli.shipping",
+        "cli.top",
+    },
+    "matplotlib": {"bench.picture"},
+    "numpy": {"batch", "bench.latencies", "columns"},
+    "orjson": {"cli.doctor", "cli.events", "dead_letters", "packing", "parsing", "values"},
+    "prometheus_client": {"service.metrics"},
+    "pydantic": {"service.config"},
+    "rich": {"bench.screen", "cli.dashboard", "cli.live", "cli.pieces"},
+    "structlog": {"service.logs"},
     "system_calls": {"syscall_names"},
     "zstandard": {"sinks.file", "sinks.rotation"},
 }

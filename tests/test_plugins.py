@@ -119,6 +119,16 @@ def test_a_package_that_cannot_be_imported(packages: Path) -> None:
         open_sink("halfthere:")
 
 
+def test_a_module_without_what_is_offered(packages: Path) -> None:
+    offer(packages, "other-version", "otherversion = sink_other_version:A", "B = 1")
+    message = (
+        r"sink otherversion: cannot be loaded \(module 'sink_other_version' has no attribute 'A'\): "
+        r"pip install 'other-version\[otherversion\]'"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        open_sink("otherversion:")
+
+
 def test_what_is_no_sink(packages: Path) -> None:
     offer(packages, "wrong-class", "wrongclass = sink_wrong:A", "class A: pass\nf = len")
     with pytest.raises(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jsonschema
 import pytest
 
+from ebpfstream import codec, redaction
 from ebpfstream.errors import ArgumentError
 from ebpfstream.lost import Lost
 from ebpfstream.redaction import Redaction
@@ -69,3 +71,38 @@ def test_lines_are_what_the_schema_says(fields: dict[str, str] | None) -> None:
         value = json.loads(line)
         check.validate(value)
         assert not check.is_valid(value | {"another": 1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["number", "number"], "each with a name of its own"),
+        ({"number": "n", "comm": "n"}, "each with a name of its own"),
+        ([], "give one or more fields"),
+        ({"number": "lost"}, "cannot be called 'lost'"),
+        ({"number": "\udcff"}, "give printable text"),
+        ({"number": 3}, "cannot be called 3"),
+        ("nmber", "no field 'nmber'; did you mean 'number'"),
+        ([3], "no field 3"),
+    ],
+)
+def test_fields_that_cannot_be(fields: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Shaping(ExampleEvent, fields=fields)
+    with pytest.raises(ArgumentError, match=message):
+        BATCH.select(fields)
+
+
+def test_nothing_to_do_costs_nothing() -> None:
+    shaping: Shaping[ExampleEvent] = Shaping(ExampleEvent)
+    assert shaping.shape(BATCH) is BATCH
+
+
+def test_fields_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout takes longer to find out than many events to be written."""
+    shaping: Shaping[ExampleEvent] = Shaping(ExampleEvent, fields=["comm"], redact=True)
+    batch = make_batch([ExampleEvent(1, "x", "token=abc")])
+    expected = shaping.shape(batch).to_json_lines()
+    for module in (codec, redaction):
+        monkeypatch.setattr(module, "layout", None)
+    assert shaping.shape(batch).to_json_lines() == expected

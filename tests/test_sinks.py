@@ -9,7 +9,6 @@ import json
 import os
 import select
 import socket
-import subprocess
 import termios
 import threading
 import time
@@ -32,13 +31,16 @@ from ebpfstream.errors import (
     SinkUnavailableError,
 )
 from ebpfstream.events import U64, Array, Char, Computed, Event, Flag, Integer, Tail
+from ebpfstream.forwarding import FunctionSink
 from ebpfstream.lost import Lost
-from ebpfstream.sink import CLOSING, Delivery, Sink
+from ebpfstream.sink import CLOSING, Delivery, Sink, open_sink
+from ebpfstream.sink_url import OptionError, option_text
 from ebpfstream.sinks.blackhole import BlackholeSink
 from ebpfstream.sinks.file import FileSink
 from ebpfstream.sinks.stdout import StdoutSink
 from ebpfstream.testing import ExampleEvent, SinkCompliance, make_batch
 from ebpfstream.tracers.execve import ExecEvent
+from tests.disks import small_disk
 
 # --- batches
 
@@ -144,6 +146,52 @@ class Noting(BlackholeSink):
         await super().send(batch)
         if self._notes.notes:
             self._notes.noted.append(lines)
+
+
+class TestFunction(SinkCompliance):
+    """A function that appends what it is given to a list, as lines."""
+
+    @pytest.fixture(autouse=True)
+    def destination(self) -> None:
+        self.lines: list[bytes] = []
+        self.error: SinkError | None = None
+        self.forgets = False
+
+    def make(self, **delivery: Unpack[Delivery]) -> Sink:
+        async def append(batch: EventBatch[Any]) -> None:
+            lines = batch.to_json_lines()
+            await checkpoint()
+            if self.error is not None:
+                raise self.error
+            if not self.forgets:
+                self.lines.append(lines)
+            await checkpoint()
+
+        return FunctionSink(append, **delivery)
+
+    def arrived(self) -> list[Any]:
+        return [json.loads(line) for line in b"".join(self.lines).splitlines()]
+
+    @contextmanager
+    def _raising(self, error: SinkError) -> Iterator[None]:
+        self.error = error
+        yield
+        self.error = None
+
+    def away(self) -> AbstractContextManager[Any]:
+        return self._raising(SinkUnavailableError("away"))
+
+    def gone(self) -> AbstractContextManager[Any]:
+        return self._raising(SinkClosedError("gone"))
+
+    def rejecting(self) -> AbstractContextManager[Any]:
+        return self._raising(SinkRejectedError("no"))
+
+    @contextmanager
+    def draining(self) -> Iterator[None]:
+        self.forgets = True
+        yield
+        self.forgets = False
 
 
 class Reader:
@@ -254,10 +302,8 @@ class TestStdoutFile(SinkCompliance):
     @pytest.fixture(scope="class")
     @classmethod
     def mounted(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-        path = tmp_path_factory.mktemp("disk")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", path], check=True)
-        yield path
-        subprocess.run(["umount", path], check=True)
+        with small_disk(tmp_path_factory.mktemp("disk"), "160m") as path:
+            yield path
 
     @pytest.fixture(autouse=True)
     def destination(self, mounted: Path) -> Iterator[None]:
@@ -322,6 +368,86 @@ class TestFileRotated(TestFile):
         ]
         current = self.path.read_bytes() if self.path.exists() else b""
         return [json.loads(line) for line in b"".join([*parts, current]).splitlines(keepends=True)]
+
+
+# --- options beside the address
+
+
+def test_options_stand_in_the_address_or_beside_it() -> None:
+    in_address = (
+        "file:x.jsonl?rotate=100MB&keep=3&fsync=500ms&durable=yes&spool=/s&retry_for=0.00001&queue_size=7"
+    )
+    options = {"rotate": "100MB", "keep": 3, "fsync": "500ms", "durable": True, "spool": Path("/s")}
+    beside = open_sink("file:x.jsonl?queue_size=7", **options, retry_for=0.00001)
+    for sink in (open_sink(in_address), beside):
+        assert isinstance(sink, FileSink)
+        appender = sink._appender
+        assert (appender._rotate_at, appender._keep, appender._fsync) == (100_000_000, 3, 0.5)
+        assert (sink.durable, sink.spool, sink.retry_for, sink.queue_size) == (True, "/s", 0.00001, 7)
+    assert isinstance(made := open_sink("file:a=b", rotate=None, durable=False), FileSink)
+    assert (made._appender._rotate_at, made.durable) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "yes"),
+        (False, "no"),
+        (None, "none"),
+        (-7, "-7"),
+        (1 << 80, str(1 << 80)),
+        (0.5, "0.5"),
+        (1e-7, "0.0000001"),
+        (1e20, "100000000000000000000"),
+        (float("inf"), "inf"),
+        ("a b", "a b"),
+        (Path("/a"), "/a"),
+    ],
+)
+def test_values_as_text(value: object, text: str) -> None:
+    assert option_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "option", "is_known"),
+    [
+        (
+            {"rotate": 1},
+            "the option 'rotate' is given in the address and beside it: leave one out",
+            "rotate",
+            True,
+        ),
+        ({"kep": 1}, "there is no option 'kep'; did you mean 'keep'?", "kep", False),
+        ({"keep": 3, "kep": 1}, "there is no option 'kep'; did you mean 'keep'?", "kep", False),
+        ({"keep": True}, "keep='yes' is not a whole number or none", "keep", True),
+        (
+            {"every": 1e400},
+            "every='inf' is not a time such as 500ms, 10s, 5m, 1h or 1d or none",
+            "every",
+            True,
+        ),
+        (
+            {"every": [1]},
+            "every: [1] is no option's value: give text, a number, or true or false",
+            "every",
+            True,
+        ),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, object], said: str, option: str, is_known: bool) -> None:
+    with pytest.raises(OptionError) as caught:
+        open_sink("file:x?rotate=1MB", **options)
+    assert str(caught.value) == f"'file:x?rotate=1MB': {said}"
+    assert (caught.value.option, caught.value.is_known) == (option, is_known)
+    assert said in (caught.value.problem, *(f"{option}{sign}{caught.value.problem}" for sign in ("=", ": ")))
+    assert isinstance(caught.value, ArgumentError)
+
+
+def test_options_that_no_address_can_have() -> None:
+    with pytest.raises(
+        OptionError, match=r"'file:x': there is no option 'mode'; there are: rotate \(a number of"
+    ):
+        open_sink("file:x", mode=0o600)
 
 
 # --- what is right

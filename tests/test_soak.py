@@ -47,8 +47,8 @@ def test_nothing_is_violated(tmp_path: Path) -> None:
 PLANTED = {
     "received != submitted": (
         "stream.py",
-        "self._received += len(batch)",
-        "self._received += len(batch) + 1",
+        "self._received += count",
+        "self._received += count + 1",
     ),
     "left behind": ("readymade.py", "self._owned.callback(made.close)", "globals()[id(made)] = made"),
 }

@@ -1,33 +1,17 @@
-"""Batches made of events."""
+"""Batches made of events, as tests want them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from ebpfstream import text
+from ebpfstream import making
 from ebpfstream.batch import EventBatch
-from ebpfstream.errors import ArgumentError
-from ebpfstream.events import (
-    LENGTH_SUFFIX,
-    U64,
-    Array,
-    Char,
-    Comm,
-    Event,
-    Integer,
-    Kind,
-    Layout,
-    Tail,
-    layout,
-)
+from ebpfstream.events import U64, Comm, Event, Tail
 from ebpfstream.lost import Lost
-from ebpfstream.records import Records, Run
 
 E = TypeVar("E", bound=Event)
-
-_PREFIX: Final = 8  # the ring buffer's header, which nobody reads any more
 
 
 @dataclass
@@ -50,54 +34,4 @@ def make_batch(
     """
     listed = list(events)
     event_type: Any = type or (listed[0].__class__ if listed else ExampleEvent)
-    plan = layout(event_type)
-    data, runs = bytearray(), list[Run]()
-    for event in listed:
-        if event.__class__ is not event_type:
-            raise ArgumentError(f"a batch is of one type: {event!r} is no {event_type.__name__}")
-        sample = _pack(plan, event)
-        stride = _PREFIX + (len(sample) + 7) // 8 * 8
-        start, _, size, count = runs[-1] if runs else (0, 0, 0, 0)
-        if count and size == len(sample):
-            runs[-1] = (start, stride, size, count + 1)
-        else:
-            runs.append((len(data), stride, len(sample), 1))
-        data += (bytes(_PREFIX) + sample).ljust(stride, b"\0")
-    return EventBatch(event_type, Records(bytes(data), _PREFIX, runs), 0, tuple(lost))
-
-
-def _pack(plan: Layout, event: Event) -> bytes:
-    packed = {name: _packed(event, name, kind) for name, kind in plan.kinds.items()}
-    tails = {name: packed[name] for name, kind in plan.kinds.items() if isinstance(kind, Tail)}
-    for name, data in tails.items():
-        packed[name + LENGTH_SUFFIX] = len(data).to_bytes(4, "little")
-    struct = bytearray(plan.size)
-    for name, kind, offset in plan.members:
-        if name not in packed:
-            raise ArgumentError(f"{name} is part of several fields: such types cannot be packed")
-        struct[offset : offset + kind.size] = packed[name]
-    return bytes(struct) + b"".join(tails.values())
-
-
-def _packed(event: Event, name: str, kind: Kind) -> bytes:
-    value = getattr(event, name, None)
-    try:
-        match kind, value:
-            case Integer(size, signed), int():
-                return value.to_bytes(size, "little", signed=signed)
-            case Array(item, count), [*items] if len(items) == count:
-                return b"".join(one.to_bytes(item.size, "little", signed=item.signed) for one in items)
-            case Tail(None), [*strings]:
-                return b"".join(text.encode(string) + b"\0" for string in strings)
-            case ((Tail(None) | Char()), str()):
-                value = text.encode(value)
-    except OverflowError:
-        pass  # said below
-    if not hasattr(kind, "size"):
-        if isinstance(value, bytes) or not isinstance(kind, Tail):
-            return value if isinstance(value, bytes) else b""  # what is computed is in no record
-    elif isinstance(value, bytes) and len(value) <= kind.size:
-        return value.ljust(kind.size, b"\0")
-    raise ArgumentError(
-        f"{event.__class__.__name__}.{name} cannot be {getattr(event, name, None)!r}: it is a {kind}"
-    )
+    return making.make_batch(event_type, listed, lost)

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import anyio
 
+from ebpfstream.waiting import is_asyncio
+
 Way = Literal["scope", "task", "again and again"]
 """How something is cancelled: by anyio; by asyncio itself, which knows no shield; so, and whenever it waits again."""
 
@@ -53,11 +55,7 @@ class Steps:
 
 def ways_to_cancel() -> tuple[Way, ...]:
     """Those that the running event loop knows."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return ("scope",)
-    return ("scope", "task", "again and again")
+    return ("scope", "task", "again and again") if is_asyncio() else ("scope",)
 
 
 async def cancelled_at(step: int, coroutine: Coroutine[Any, Any, None], way: Way = "scope") -> Outcome:

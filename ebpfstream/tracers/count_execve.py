@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from time import monotonic_ns
 from types import TracebackType
-from typing import Final, Self
+from typing import Annotated, Any, Final, Self
 
 from anyio.to_thread import run_sync
 
+from ebpfstream.batch import EventBatch, wall_clock_offset
 from ebpfstream.c_types import Number
+from ebpfstream.events import U32, U64, Computed, Event, WallClock
 from ebpfstream.filters import Filters
 from ebpfstream.kernel import maps
 from ebpfstream.kernel.bpf import MapType, wait_for_running_programs
 from ebpfstream.kernel.links import RawTracepoint
 from ebpfstream.kernel.typedmap import TypedMap
+from ebpfstream.making import make_batch
 from ebpfstream.readymade import BPF_FOLDER, Counters, MapSpec, Programs
 from ebpfstream.snapshots import Snapshot, Ticks
+from ebpfstream.statistics import Statistics
 from ebpfstream.turns import Turn, to_the_end
 
 _USERS: Final = 4096
 _COUNTS: Final = "COUNTS"
+
+
+def _said(count: int, total: int) -> str:
+    return f"{count} exec{'s' * (count != 1)}, {total} in all"
+
+
+@dataclass
+class ExecCount(Event):
+    """How many programs one user has executed since it was last told."""
+
+    __schema_version__ = 1
+
+    uid: U32
+    """The real user (of the initial namespace)."""
+    count: U64
+    """Successful execs since the last such event about the user, or since the counting began."""
+    total: U64
+    """All of them since it began."""
+    message: Annotated[str, Computed(_said, ("count", "total"))]
+    """The same in words."""
+    time: Annotated[datetime, WallClock("monotonic")]
+    """When they were read, in UTC."""
+    monotonic: U64
+    """The same in nanoseconds of CLOCK_MONOTONIC."""
+
+    @classmethod
+    def of(cls, uid: int, count: int, total: int, monotonic: int) -> Self:
+        """The event, to be packed: what is computed is made of the others."""
+        computed: Any = None
+        return cls(uid, count, total, computed, computed, monotonic)
 
 
 class ExecCounts:
@@ -35,9 +73,14 @@ class ExecCounts:
     Nothing is ever taken out of the table in the kernel, and each CPU counts for itself, so no exec is
     missed or counted twice.  4,096 users have room in it; execs of others are `counters().lost`.
 
+    `forward` takes it as it is: sinks are given an ExecCount for each user who has executed something
+    since the last time.
+
     Leaving the block, or dropping the last reference without one, detaches; `read()` then has the final
     counts.  One task at a time may iterate.  Works on asyncio (uvloop too) and trio.
     """
+
+    event_type = ExecCount
 
     def __init__(self, programs: Programs, every: float) -> None:
         self._ticks = Ticks(every)
@@ -47,6 +90,10 @@ class ExecCounts:
         self._detached = False
         self._ended = False
         self._final: tuple[Snapshot, Counters] | None = None
+        # As events: the counts that have been told, and what is still to be handed out.
+        self._told: Mapping[int, int] = {}
+        self._rest: EventBatch[ExecCount] | None = None
+        self._made = self._delivered = 0
 
     async def __aenter__(self) -> Self:
         with self._turn.taken():
@@ -73,6 +120,39 @@ class ExecCounts:
         if counts is None:
             raise StopAsyncIteration
         return counts
+
+    async def next_batch(self, most: int | None = None) -> EventBatch[ExecCount] | None:
+        """The next counts that have changed as events, not more than `most`; None at the end.
+
+        Raises what iterating raises.
+        """
+        while self._rest is None or not len(self._rest):
+            counts = await self._next()
+            if counts is None:
+                return None
+            now = monotonic_ns()
+            grown = counts.since(self._told)
+            self._told = counts
+            self._made += len(grown)
+            events = [ExecCount.of(uid, count, counts[uid], now) for uid, count in sorted(grown.items())]
+            self._rest = make_batch(ExecCount, events, wall_clock_offset=wall_clock_offset())
+        part = self._rest[:most]
+        self._rest = self._rest[len(part) :]
+        self._delivered += len(part)
+        return part
+
+    def statistics(self) -> Statistics:
+        """The ledger of what `next_batch` hands out; `lost`, `rejected` and `misses` are execs.
+
+        What has happened since the last counts were told is still in the kernel, or comes with the last ones.
+        """
+        counters = self.counters()._replace(tried=None, submitted=None)
+        return Statistics(
+            **counters._asdict(),
+            received=self._made,
+            delivered=self._delivered,
+            unread=self._made - self._delivered,
+        )
 
     async def _next(self) -> Snapshot | None:
         with self._turn.taken():

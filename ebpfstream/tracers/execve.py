@@ -18,15 +18,22 @@ from ebpfstream.lost import Lost
 from ebpfstream.readymade import BPF_FOLDER, Options, Overload, ReadyMade
 from ebpfstream.stream import LATENCY, EventStream, OnLost
 from ebpfstream.text import command_line
+from ebpfstream.values import remember
+
+_LONGEST_CACHED = 256  # bytes of a path: some 2 MB in all
 
 
 def _errno_name(retval: int) -> str:
     return errno.errorcode.get(-retval, str(-retval)) if retval else ""
 
 
-def _path(names: bytes) -> str:
-    """Names with a NUL after each, from the innermost."""
-    return text.decode(b"/" + b"/".join(reversed(names.split(b"\0")[:-1])))
+class _Paths(dict[bytes, str]):
+    """Paths, by their names with a NUL after each, from the innermost: they come again and again."""
+
+    def __missing__(self, names: bytes) -> str:
+        made = text.decode(b"/" + b"/".join(reversed(names.split(b"\0")[:-1])))
+        remember(self, names, made, _LONGEST_CACHED)
+        return made
 
 
 @dataclass
@@ -72,7 +79,7 @@ class ExecEvent(Event):
     by_descriptor: Flag
     """Whether a descriptor, or a path from one, was given (execveat): `filename` then begins with
     /dev/fd/, or in a failure is what was given beside the descriptor."""
-    cwd: Annotated[str, Tail(_path)]
+    cwd: Annotated[str, Tail(_Paths().__getitem__)]
     """The working directory, as the process itself sees it."""
     cwd_truncated: Flag
     """Whether `cwd` lacks its beginning: only 40 steps, or 4 KiB, from its end are followed."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import pty
 import re
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +26,12 @@ from tests.kernel import objects
 pytestmark = pytest.mark.kernel
 
 COMMAND = [sys.executable, "-m", "ebpfstream"]
+HIDE = 'mount -t tmpfs none /usr/lib/python3/dist-packages && exec "$@"'
+WITHOUT_BCC = ["unshare", "--mount", "sh", "-c", HIDE, "sh"]
 # With another deadline, so that a test need not wait for the real one.
-WITH_DEADLINE = "import sys; from ebpfstream import cli; cli._DEADLINE = float(sys.argv.pop(1)); cli.main()"
+WITH_DEADLINE = (
+    "import sys; from ebpfstream import cli; cli.shipping.DEADLINE = float(sys.argv.pop(1)); cli.main()"
+)
 LEDGER = re.compile(
     r"ebpfstream: (\d+) delivered; (\d+) tried = (\d+) submitted \+ (\d+) lost(.*)\n(?:ebpfstream: stdout: .*\n)?\Z"
 )
@@ -33,13 +39,18 @@ LEDGER = re.compile(
 
 @contextmanager
 def running(
-    *options: str, stdout: int | None = None, command: Sequence[str] = COMMAND
+    *options: str,
+    stdout: int | None = None,
+    command: Sequence[str] = COMMAND,
+    what: str = "execve",
+    hooks: int = 1,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The command, once it is attached."""
+    """The command, once it is attached to so many hooks."""
     stdout = subprocess.PIPE if stdout is None else stdout
-    with subprocess.Popen([*command, "execve", *options], stdout=stdout, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*command, what, *options], stdout=stdout, stderr=subprocess.PIPE) as process:
         try:
-            wait_until(lambda: objects.held("link", process.pid), process)
+            wait_until(lambda: objects.attached(process.pid) >= hooks, process)
+            time.sleep(0.1)  # until it knows that itself, and a signal finds it forwarding
             yield process
         finally:
             process.kill()
@@ -212,9 +223,8 @@ def test_the_ledger_counts_what_was_lost() -> None:
 
 
 def test_a_missing_compiler_is_a_message(tmp_path: Path) -> None:
-    script = 'mount -t tmpfs none /usr/lib/python3/dist-packages && exec "$@"'
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script, "sh", *COMMAND, "execve"],
+        [*WITHOUT_BCC, *COMMAND, "execve"],
         capture_output=True,
         text=True,
         env=os.environ | {"EBPFSTREAM_CACHE": str(tmp_path)},
@@ -227,9 +237,9 @@ def test_a_missing_compiler_is_a_message(tmp_path: Path) -> None:
 def test_on_a_terminal() -> None:
     leader, terminal = pty.openpty()
     with running(stdout=terminal) as command:
-        true("\x1b[31mred\x07")
+        true("\x1b[31mvermilion\x07")
         shown = b""
-        while b"red" not in shown:
+        while b"vermilion" not in shown:
             shown += os.read(leader, 1 << 16)
         command.send_signal(signal.SIGINT)
         command.communicate(timeout=30)
@@ -237,14 +247,29 @@ def test_on_a_terminal() -> None:
     os.close(terminal)
     lines = re.sub(r"\x1b\[\d+m", "", shown.decode()).splitlines()
     assert lines[0].split() == ["TIME", "PID", "PPID", "UID", "COMM", "MESSAGE"]
-    line = next(line for line in lines if "red" in line)
-    assert line.endswith(r"true            /bin/true $'\e[31mred\u0007'")
+    line = next(line for line in lines if "vermilion" in line)
+    assert line.endswith(r"true            /bin/true $'\e[31mvermilion\u0007'")
     assert re.match(r"\d\d:\d\d:\d\d\.\d{3} +\d+ +\d+ +\d+ true", line)
     assert re.search(rb"\x1b(?!\[\d+m)|\x07", shown) is None
 
 
+@pytest.mark.parametrize("columns", [80, 200])
+def test_messages_on_a_terminal_are_broken_between_words(columns: int) -> None:
+    leader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    command = [*COMMAND, "execve", "--where", "nosuch"]
+    assert subprocess.run(command, stderr=terminal).returncode == 1
+    shown = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    os.close(terminal)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= columns
+    said = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
+    assert "".join(line.replace("    ", " ") for line in lines) == said.rstrip("\n")
+
+
 def test_filters_and_failures() -> None:
-    with running("--failed", "--ppid", str(os.getpid()), "--format", "text") as command:
+    with running("--failed", "--ppid", str(os.getpid()), "--format", "text", hooks=3) as command:
         with pytest.raises(FileNotFoundError):
             subprocess.run(["/nonexistent/program", "word"])
         with subprocess.Popen(["sh", "-c", "/bin/true not-ours; exit 0"]) as shell:
@@ -273,10 +298,165 @@ def test_errors_are_messages() -> None:
     assert subprocess.run([*COMMAND, "execve", "--format", "xml"], capture_output=True).returncode == 2
 
 
-def test_help_and_version() -> None:
+def test_where() -> None:
+    """Python, in the names of fields; what it leaves out is in the ledger."""
+    with running("--where", "args[1] == 'where' and ppid == " + str(os.getpid())) as command:
+        pids = [true("where", str(index)) for index in range(5)]
+        true("elsewhere")
+        command.send_signal(signal.SIGTERM)
+        output, errors = command.communicate(timeout=30)
+    assert [json.loads(line)["pid"] for line in output.splitlines()] == pids
+    ledger = LEDGER.match(errors.decode())
+    assert ledger is not None
+    left_out = re.search(r"(\d+) left out by where", ledger[5])
+    assert left_out is not None
+    assert int(ledger[1]) == 5 + int(left_out[1])
+
+
+def test_a_condition_that_is_none_is_a_message() -> None:
+    done = subprocess.run([*COMMAND, "execve", "--where", "uidd == 0"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ebpfstream: 'uidd == 0': ExecEvent has no field 'uidd'; did you mean uid")
+
+
+def test_duration_ends_it() -> None:
+    """Counted from when it is attached, however long that takes."""
+    with running("--duration", "2s") as command:
+        pid = true("short")
+        output, errors = command.communicate(timeout=30)
+    assert pid in [json.loads(line)["pid"] for line in output.splitlines()]
+    assert command.returncode == 0
+    assert LEDGER.match(errors.decode())
+    wrong = subprocess.run([*COMMAND, "execve", "--duration", "soon"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "'soon' is not a time such as 500ms, 10s, 5m, 1h or 1d" in wrong.stderr
+
+
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_the_exit_status_says_whether_anything_was_lost(number: signal.Signals, lost: bool) -> None:
+    options = ["--require-complete", "--buffer-size", "4KiB"]
+    with running(*options, stdout=subprocess.DEVNULL) as command:
+        command.send_signal(signal.SIGSTOP)
+        for _ in range(3 if lost else 1):
+            true("x" * 3000 if lost else "x")
+        command.send_signal(signal.SIGCONT)
+        command.send_signal(number)
+        _, errors = command.communicate(timeout=30)
+    ledger = LEDGER.match(errors.decode())
+    assert ledger is not None
+    assert (int(ledger[4]) > 0) == lost
+    assert command.returncode == (3 if lost else 0)
+
+
+@pytest.mark.parametrize("result", [False, True])
+def test_system_calls(result: bool) -> None:
+    """Those that were named, of the process that was named, with what they returned if that was asked for."""
+    options = ["getppid", "openat", "--pid", str(os.getpid()), *(["--result"] if result else [])]
+    with running(*options, what="syscalls", hooks=3 if result else 1) as command:
+        for _ in range(3):
+            os.getppid()
+        with pytest.raises(FileNotFoundError):
+            os.open("/nonexistent/file", os.O_RDONLY)
+        os.getpgid(0)
+        command.send_signal(signal.SIGTERM)
+        output, errors = command.communicate(timeout=30)
+    calls = [json.loads(line) for line in output.splitlines()]
+    assert {call["pid"] for call in calls} == {os.getpid()}
+    assert [call["name"] for call in calls].count("getppid") == 3
+    assert {call["name"] for call in calls} == {"getppid", "openat"}
+    assert {call["result"] for call in calls if call["name"] == "getppid"} == {
+        os.getppid() if result else None
+    }
+    assert ("ENOENT" in [call["error"] for call in calls]) == result
+    assert LEDGER.match(errors.decode())
+
+
+def test_execs_are_counted() -> None:
+    """A line for each user in each interval, and all of them when it ends."""
+    with running("--every", "1h", "--uid", "54323", "--require-complete", what="count") as command:
+        for index in range(7):
+            subprocess.run(
+                ["setpriv", "--reuid=54323", "--clear-groups", "/bin/true", str(index)], check=True
+            )
+        command.send_signal(signal.SIGTERM)
+        output, errors = command.communicate(timeout=30)
+    (line,) = map(json.loads, output.splitlines())
+    assert (line["uid"], line["count"], line["total"], line["message"]) == (54323, 7, 7, "7 execs, 7 in all")
+    assert command.returncode == 0
+    assert re.fullmatch(rb"ebpfstream: 1 delivered; 1 received, 0 lost, \d+ rejected by filters\n", errors)
+
+
+def test_what_is_printed_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "hello.c").write_text(
+        "int hello(void *ctx)\n{\n"
+        '\tbpf_trace_printk("hello %d", (u32)(bpf_get_current_pid_tgid() >> 32));\n\treturn 0;\n}\n'
+    )
+    program = """
+import anyio, sys
+from ebpfstream import BPF
+async def main():
+    async with BPF(sys.argv[1]) as bpf:
+        bpf.attach_syscall("execve", fn_name="hello")
+        bpf.attach()
+        print("ready", flush=True)
+        await anyio.sleep_forever()
+anyio.run(main)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "hello.c")], stdout=subprocess.PIPE
+    ) as printing:
+        assert printing.stdout is not None
+        assert printing.stdout.readline() == b"ready\n"
+        try:
+            command = subprocess.Popen([*COMMAND, "trace"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            wait_until(lambda: _has_open(command.pid, "trace_pipe"), command)
+            pids = [true("printed", str(index)) for index in range(5)]
+            lines: list[Any] = []
+            assert command.stdout is not None
+            while len([line for line in lines if line["message"] in {f"hello {pid}" for pid in pids}]) < 5:
+                lines.append(json.loads(command.stdout.readline()))
+            command.send_signal(signal.SIGTERM)
+            command.communicate(timeout=30)
+        finally:
+            command.kill()
+            printing.kill()
+    ours = [line for line in lines if line["message"] in {f"hello {pid}" for pid in pids}]
+    assert [(line["pid"], line["message"]) for line in ours] == [(pid, f"hello {pid}") for pid in pids]
+
+
+def _has_open(pid: int, name: str) -> bool:
+    return any(str(fd.readlink()).endswith(f"/{name}") for fd in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_system_calls_that_there_are_not() -> None:
+    done = subprocess.run([*COMMAND, "syscalls", "opeenat"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "did you mean openat" in done.stderr
+
+
+def test_help_and_versions() -> None:
     shown = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
-    assert shown.stdout == f"ebpfstream {__version__}\n"
-    shown = subprocess.run([*COMMAND, "execve", "--help"], capture_output=True, text=True, check=True)
-    assert "\n      ebpfstream execve --count 10 --format json > execs.jsonl\n" in shown.stdout
-    assert "\\b" not in shown.stdout
-    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+    system = os.uname()
+    ours, kernel, python, compiler = shown.stdout.splitlines()
+    assert ours == f"ebpfstream {__version__}"
+    assert kernel == f"Linux {system.release} on {system.machine}"
+    assert python == f"Python {platform.python_version()}"
+    assert re.fullmatch(r"BCC \d+\.\d+\.\d+\S* in /\S+/bcc", compiler)
+
+
+@pytest.mark.parametrize("what", [[], ["execve"], ["syscalls"], ["schema"], ["bench"], ["bench", "buffers"]])
+def test_help(what: list[str]) -> None:
+    """In 80 columns; each command's has an example."""
+    shown = subprocess.run([*COMMAND, *what, "--help"], capture_output=True, text=True, check=True).stdout
+    if what not in ([], ["bench"]):
+        assert re.search(rf"\n {{6}}ebpfstream {' '.join(what)} ", shown)
+    assert "\\b" not in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_completion_in_bash() -> None:
+    """As a shell does it that has been told by `eval "$(_EBPFSTREAM_COMPLETE=bash_source ebpfstream)"`."""
+    asked = {"_EBPFSTREAM_COMPLETE": "bash_complete", "COMP_WORDS": "ebpfstream sy", "COMP_CWORD": "1"}
+    command = Path(sys.executable).with_name("ebpfstream")
+    shown = subprocess.run([command], env=os.environ | asked, capture_output=True, text=True, check=True)
+    assert shown.stdout == "plain,syscalls\n"

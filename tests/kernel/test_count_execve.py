@@ -7,14 +7,24 @@ import math
 import subprocess
 import tempfile
 import time
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 from anyio.to_thread import run_sync
 
-from ebpfstream import ArgumentError, StreamBusyError, StreamClosedError, count_execve
+from ebpfstream import (
+    ArgumentError,
+    EventBatch,
+    ExecCount,
+    StreamBusyError,
+    StreamClosedError,
+    count_execve,
+    forward,
+)
 from ebpfstream.tracers import count_execve as module
 from tests.kernel import objects
 
@@ -72,6 +82,48 @@ async def test_again_and_again() -> None:
             assert time.monotonic() - start >= 0.2 * (number + 1)
     assert [total[ONE] for total in totals] == [2, 5, 9]
     assert [new.since(old)[ONE] for old, new in pairwise(totals)] == [3, 4]
+
+
+@pytest.mark.parametrize("most", [None, 1])
+async def test_counts_are_forwarded(most: int | None) -> None:
+    """An event for each user who has executed something since the last ones; at the end, at once, what came after."""
+    told: list[ExecCount] = []
+
+    async def keep(batch: EventBatch[Any]) -> None:
+        told.extend(event for event in batch if event.uid in (ONE, OTHER))
+        if sum(event.count for event in told) >= 100 + 70 + 2 * 2:
+            counts.detach()
+
+    counts = count_execve(every=0.2)
+    async with counts:
+        await run_sync(lambda: run(execs(ONE, 100), execs(OTHER, 70)))
+        statistics = await forward(counts, keep, where=lambda event: event.uid in (ONE, OTHER), count=most)
+    assert [(event.uid, event.count, event.total) for event in told] == [(ONE, 102, 102), (OTHER, 72, 72)][
+        :most
+    ]
+    assert told[0].message == "102 execs, 102 in all"
+    assert abs(datetime.now(UTC) - told[0].time).total_seconds() < 60
+    assert statistics.stream.received == statistics.stream.delivered + statistics.stream.unread
+    assert statistics.stream.delivered == statistics.filtered + len(told)
+    assert statistics.complete
+
+
+async def test_counts_between_two_are_told_once() -> None:
+    async with count_execve(every=LONG, comm="true") as counts:
+        batches = []
+        for number in range(3):
+            await run_sync(lambda number=number: run(execs(ONE, number)))  # type: ignore[misc]
+            if number < 2:
+                counts._ticks._next = 0  # it is time
+                if number:
+                    batches.append(await counts.next_batch())
+        counts.detach()
+        batches.append(await counts.next_batch())
+        assert await counts.next_batch() is None
+    assert [[(event.uid, event.count, event.total) for event in batch or ()] for batch in batches] == [
+        [(ONE, 1, 1)],
+        [(ONE, 2, 3)],
+    ]
 
 
 async def test_users_that_the_table_has_no_room_for_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,10 @@ from ebpfstream import BPF, CorruptBufferError, EventStream, count_execve, trace
 from ebpfstream.kernel import compiler
 from ebpfstream.kernel.buffers import Kind
 from ebpfstream.kernel.compiler import Module
-from ebpfstream.kernel.tracepipe import TraceStream
 from ebpfstream.snapshots import Snapshots
 from ebpfstream.syscall_names import numbers
 from ebpfstream.testing import cancelled_at, ways_to_cancel
+from ebpfstream.trace_lines import TraceStream
 from tests.kernel import flood, objects
 from tests.kernel.flood import FloodEvent
 

@@ -214,6 +214,26 @@ async def test_a_thread_that_is_not_the_leader_executes_a_program() -> None:
     assert found[1].tid != child.pid
 
 
+async def test_neither_the_caller_nor_its_parent_is_a_leader() -> None:
+    """Both are told by the numbers of their processes."""
+    code = (
+        "import os, threading\n"
+        "def go():\n"
+        "    print(threading.get_native_id(), os.getppid(), flush=True)\n"
+        "thread = threading.Thread(target=go)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    async with trace_syscalls("getppid") as events:
+        child = await run_sync(lambda: subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE))
+        output, _ = await run_sync(child.communicate)
+        found = [event for event in await rest(events) if event.pid == child.pid]
+    thread, parent = map(int, output.split())
+    assert parent == os.getpid()
+    assert [(event.tid, event.ppid) for event in found] == [(thread, parent)]
+    assert thread != child.pid
+
+
 async def test_calls_that_had_begun_before_are_no_events(caller: Caller) -> None:
     """The child waits in read(2) when tracing begins, and when it ends."""
     async with trace_syscalls("read", "getppid", result=True, pid=caller.pid) as events:

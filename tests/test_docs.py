@@ -1,4 +1,8 @@
-"""Every Python example of the documentation runs."""
+"""Every example of the documentation runs: Python, commands, configurations.
+
+Fences: `python` is a whole program; `sh` and indented lines hold commands; `toml` is a configuration. A fence with a
+`title` is a file, which lies beside that page's programs and commands when they run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,21 +18,58 @@ import pytest
 from ebpfstream.service import config
 
 ROOT = Path(__file__).parents[1]
-BROKER = "127.0.0.1:9092"  # examples with it are run by tests/kafka/test_readme.py
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+BROKER = "127.0.0.1:9092"  # what names it is run by tests/kafka
+FENCE = re.compile(r"(?ms)^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^\1```$")
+
+
+def fences(page: Path, language: str) -> list[str]:
+    """What a page shows in a language."""
+    return [
+        textwrap.dedent(text) for _, shown, _, text in FENCE.findall(page.read_text()) if shown == language
+    ]
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of ours that a page shows, in the order shown."""
+    indented = re.findall(r"(?m)^    (ebpfstream .*)$", re.sub(FENCE, "", page.read_text()))
+    fenced = [line for text in fences(page, "sh") for line in text.splitlines()]
+    return [*indented, *(line for line in fenced if line.startswith("ebpfstream "))]
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """The files that a page shows by name; and this project's examples, which it may name."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    for _, _, title, text in FENCE.findall(page.read_text()):
+        if title:
+            (folder / title).write_text(textwrap.dedent(text))
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 EXAMPLES = [
-    pytest.param(code, id=f"{path.name}-{number}")
-    for path in sorted(ROOT.glob("*.md"))
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+    pytest.param(page, code, id=f"{name(page)}-{number}")
+    for page in PAGES
+    for number, code in enumerate(fences(page, "python"))
     if BROKER not in code
+]
+COMMANDS = [
+    pytest.param(page, command, id=f"{name(page)}-{command}")
+    for page in PAGES
+    for command in commands(page)
+    if BROKER not in command
 ]
 
 SHOWN = ("documented", "Hello World")
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example(code: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_example(page: Path, code: str, tmp_path: Path) -> None:
     """Runs to its end, or until it is interrupted after it has shown an exec of ours."""
+    write_files(page, tmp_path)
     # Read line by line below: as if to a terminal.
     with subprocess.Popen(
         [sys.executable, "-u", "-W", "error", "-c", code],
@@ -67,17 +109,13 @@ SHOWN_BY = {
     "schema": '"args":',
     "doctor": "an exec arrives",
 }
-COMMANDS = [
-    command
-    for command in re.findall(r"(?m)^    (ebpfstream .*)$", (ROOT / "README.md").read_text())
-    if BROKER not in command
-]
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_command(page: Path, command: str, tmp_path: Path) -> None:
     """Ends by itself, or goes on until it is told to end."""
+    write_files(page, tmp_path)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     name = command.split()[1]
     if name == "top":  # wants a terminal
@@ -93,7 +131,6 @@ def test_command(command: str, tmp_path: Path) -> None:
         places |= {"/run/ebpfstream": tmp_path}
         folders = "; ".join(f"s|{place}|{other}|" for place, other in places.items())
         prepared = f"ebpfstream config init execs.toml && sed -i '{folders}' execs.toml && "
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     with subprocess.Popen(["sh", "-c", "while sleep 0.1; do /bin/true documented; done"]) as producer:
         done = subprocess.run(
             ["timeout", "12", "bash", "-c", f"{prepared}{command}"],
@@ -115,9 +152,9 @@ def test_command(command: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        text
-        for path in ROOT.glob("*.md")
-        for text in re.findall(r"```toml\n(.*?)```", path.read_text(), re.DOTALL)
+        pytest.param(text, id=f"{name(page)}-{number}")
+        for page in PAGES
+        for number, text in enumerate(fences(page, "toml"))
     ],
 )
 def test_configuration(text: str, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from typing import Self
 
 import pytest
 
-from tests.test_docs import BROKER, ROOT
+from tests.test_docs import BROKER, ROOT, commands, fences
 
 pytestmark = [pytest.mark.kafka, pytest.mark.kernel]
 
-README = (ROOT / "README.md").read_text()
-(COMMAND,) = [line for line in re.findall(r"(?m)^    (ebpfstream .*?)(?:  +#.*)?$", README) if BROKER in line]
-EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if BROKER in code]
+README = ROOT / "README.md"
+(COMMAND,) = [line.partition("  ")[0] for line in commands(README) if BROKER in line]
+EXAMPLES = [code for code in fences(README, "python") if BROKER in code]
 
 
 class Terminal:

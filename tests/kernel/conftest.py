@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+from tests.kernel import objects
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -13,3 +17,15 @@ def compiled_each_time() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EBPFSTREAM_CACHE", "")
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left() -> Iterator[None]:
+    """Fails the test that did not wait for its own, not a later one that counts them."""
+    before = objects.children()
+    yield
+    left = objects.children() - before
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert left == set()

@@ -6,6 +6,7 @@ import ctypes
 import os
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -61,3 +62,13 @@ def _exists(kind: str, number: int) -> bool:
         return False
     os.close(fd)
     return True
+
+
+def children(parent: int = 0) -> set[int]:
+    """The children of a process (of this one) that have not been waited for."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == (parent or os.getpid()):
+                found.add(int(stat.parent.name))
+    return found

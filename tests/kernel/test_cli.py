@@ -14,7 +14,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,13 +402,15 @@ async def main():
         await anyio.sleep_forever()
 anyio.run(main)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "hello.c")], stdout=subprocess.PIPE
-    ) as printing:
-        assert printing.stdout is not None
-        assert printing.stdout.readline() == b"ready\n"
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "hello.c")], stdout=subprocess.PIPE
+        ) as printing,
+        subprocess.Popen([*COMMAND, "trace"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command,
+    ):
         try:
-            command = subprocess.Popen([*COMMAND, "trace"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert printing.stdout is not None
+            assert printing.stdout.readline() == b"ready\n"
             wait_until(lambda: _has_open(command.pid, "trace_pipe"), command)
             pids = [true("printed", str(index)) for index in range(5)]
             lines: list[Any] = []
@@ -425,7 +427,11 @@ anyio.run(main)
 
 
 def _has_open(pid: int, name: str) -> bool:
-    return any(str(fd.readlink()).endswith(f"/{name}") for fd in Path(f"/proc/{pid}/fd").iterdir())
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if str(fd.readlink()).endswith(f"/{name}"):
+                return True
+    return False
 
 
 def test_system_calls_that_there_are_not() -> None:

@@ -84,7 +84,7 @@ class Held(NamedTuple):
     descriptors: Counter[str]
     objects: dict[str, set[int]]
     mapped: Counter[str]
-    children: list[int]
+    children: set[int]
     tasks: int
 
     @classmethod
@@ -99,17 +99,7 @@ class Held(NamedTuple):
             tasks = len(asyncio.all_tasks())
         except RuntimeError:
             tasks = 0  # trio's
-        return cls(descriptors, kinds, Counter(mapped), children(os.getpid()), tasks)
-
-
-def children(parent: int) -> list[int]:
-    """Processes of this one that have not been waited for."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if stat.read_text().rpartition(")")[2].split()[1] == str(parent):
-                found.append(int(stat.parent.name))
-    return found
+        return cls(descriptors, kinds, Counter(mapped), objects.children(), tasks)
 
 
 def resident() -> int:
@@ -512,7 +502,7 @@ def test_killed(where: str, count: tuple[int, ...], buffer: str) -> None:
         assert process.stdout is not None
         try:
             assert process.stdout.readline().decode() == f"{where}\n"
-            offspring = children(process.pid)
+            offspring = objects.children(process.pid)
             assert len(offspring) == (where == "compiling")
             for child in offspring:
                 while Path(f"/proc/{child}/comm").read_text() != "compiling\n":

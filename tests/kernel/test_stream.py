@@ -213,7 +213,7 @@ async def test_cancelled_while_it_waits_and_while_it_opens() -> None:
         with anyio.move_on_after(delay):
             async with stream:
                 await anyio.sleep_forever()
-        assert children() == []
+        assert objects.children() == set()
     del stream
     async with trace_execve() as events:
         with anyio.move_on_after(0.1):
@@ -405,7 +405,7 @@ async def test_nothing_is_left_after_many_rounds(kind: Kind) -> None:
     assert threading.active_count() <= threads  # idle workers end by themselves
     assert [len(ids) for ids in kinds.values()] == [21, 21, 105]
     await gone(kinds)
-    assert children() == []
+    assert objects.children() == set()
 
 
 def broken(folder: Path, kind: Kind) -> EventStream[FloodEvent]:
@@ -486,12 +486,3 @@ async def gone(kinds: dict[str, set[int]]) -> None:
     with anyio.fail_after(10):
         while any(objects.existing(kind, ids) for kind, ids in kinds.items()):
             await anyio.sleep(0.01)
-
-
-def children() -> list[Any]:
-    """Processes of ours that have not been waited for."""
-    return [
-        stat
-        for stat in Path("/proc").glob("[0-9]*/stat")
-        if stat.exists() and stat.read_text().rpartition(")")[2].split()[1] == str(os.getpid())
-    ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self
 
 import anyio
 from anyio import CancelScope
@@ -14,7 +12,7 @@ from anyio.lowlevel import checkpoint
 from ebpfstream.errors import ArgumentError
 from ebpfstream.kernel.mapvalues import Snapshot as Snapshot
 from ebpfstream.kernel.typedmap import TypedMap
-from ebpfstream.turns import Turn, in_thread
+from ebpfstream.turns import Stream, in_thread
 
 
 class Ticks:
@@ -37,7 +35,7 @@ class Ticks:
         self._next += self._every * (1 + max(gone_by, 0))
 
 
-class Snapshots:
+class Snapshots(Stream):
     """Snapshots of a map, one every so many seconds, as an asynchronous iterator.
 
         async for counts in bpf.snapshots("counter_table", every=2.0):
@@ -67,6 +65,7 @@ class Snapshots:
         per_cpu: bool = False,
         on_start: Callable[[], None] | None = None,
     ) -> None:
+        super().__init__("snapshot")
         map.fill(Snapshot(), drain=drain)  # raises if that is not possible
         self._map = map
         self._drain = drain
@@ -74,24 +73,7 @@ class Snapshots:
         self._on_start = on_start
         self._ticks = Ticks(every)
         self._started = False
-        self._turn = Turn("snapshot")
         self._begun: tuple[Snapshot, Iterator[None]] | None = None  # a drain
-
-    async def __aenter__(self) -> Self:
-        with self._turn.taken():
-            await self._start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._close()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> Snapshot:
         """The next snapshot.  Raises StreamClosedError, StreamBusyError, MapError."""
@@ -99,7 +81,7 @@ class Snapshots:
             while True:
                 # aclose() ends the waiting, to be noticed at once.
                 with self._turn.waiting():
-                    await self._start()
+                    await self._open()
                     if self._begun is None:
                         await self._ticks.wait()
                     with CancelScope(shield=self._drain):
@@ -119,24 +101,12 @@ class Snapshots:
         found = Snapshot()
         return found, self._map.fill(found, drain=self._drain, totals=not self._per_cpu)
 
-    async def _start(self) -> None:
+    async def _open(self) -> None:
         if not self._started:
             if self._on_start is not None:
                 await in_thread(self._on_start)
             self._started = True
             self._ticks.start()
 
-    async def aclose(self) -> None:
-        """Take no more snapshots; the map stays as it is.
-
-        A task that waits for the next one gets StreamClosedError.  Raises that itself when the stream
-        was closed before; leaving the `async with` block never does.
-        """
-        self._turn.check_open()
-        await self._close()
-
-    async def _close(self) -> None:
-        if not self._turn.closed:
-            with CancelScope(shield=True):
-                async with self._turn.close():
-                    self._begun = None
+    async def _free(self) -> None:
+        self._begun = None

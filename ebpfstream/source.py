@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from math import inf
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, Unpack
+from typing import Any, Generic, Literal, TypeVar, Unpack
 
 from ebpfstream.completeness import Completeness
 from ebpfstream.errors import ArgumentError, DecodeError
@@ -19,7 +19,7 @@ from ebpfstream.sinks.kafka_consumer import Member
 from ebpfstream.sinks.kafka_records import schema_header
 from ebpfstream.tracers.execve import ExecEvent
 from ebpfstream.tracers.syscalls import SyscallEvent
-from ebpfstream.turns import Turn, to_the_end
+from ebpfstream.turns import Stream
 
 E = TypeVar("E", bound=Event)
 Y_co = TypeVar("Y_co", covariant=True)
@@ -42,7 +42,7 @@ class Options(typing.TypedDict, total=False):
     password_file: str | None
 
 
-class KafkaSource(Generic[Y_co]):
+class KafkaSource(Stream, Generic[Y_co]):
     """The events that KafkaSink sent to a topic, with their types, for a member of a consumer group.
 
         async for event in KafkaSource("127.0.0.1:9092", "exec", group="watchers"):
@@ -133,6 +133,7 @@ class KafkaSource(Generic[Y_co]):
         password: str | None = None,
         password_file: str | None = None,
     ) -> None:
+        super().__init__("event")
         for name, value, allowed in (
             ("start", start, ("earliest", "latest")),
             ("doubles", doubles, ("drop", "yield")),
@@ -160,7 +161,6 @@ class KafkaSource(Generic[Y_co]):
         self._yields_lost = on_lost == "yield"
         self._completeness = Completeness()
         self._origins: dict[tuple[bytes, ...], Origin] = {}
-        self._turn = Turn("event")
         self._member = Member(
             bootstrap_servers(servers),
             topic,
@@ -171,12 +171,10 @@ class KafkaSource(Generic[Y_co]):
             security=security,
         )
 
-    async def __aenter__(self) -> Self:
-        with self._turn.taken():
-            with self._turn.waiting():
-                await self._member.joined()
-            self._turn.check_open()
-        return self
+    async def _open(self) -> None:
+        with self._turn.waiting():  # aclose() ends it
+            await self._member.joined()
+        self._turn.check_open()
 
     async def __aexit__(
         self,
@@ -186,10 +184,7 @@ class KafkaSource(Generic[Y_co]):
     ) -> None:
         if kind is None:
             self._member.put_down()
-        await self._close()
-
-    def __aiter__(self) -> AsyncIterator[Y_co]:
-        return self
+        await super().__aexit__(kind, error, traceback)
 
     async def __anext__(self) -> Y_co:
         """The next event.
@@ -264,16 +259,10 @@ class KafkaSource(Generic[Y_co]):
         A task that waits for the next event gets StreamClosedError.  Raises that itself when the source was closed
         before; leaving the `async with` block never does.
         """
-        self._turn.check_open()
-        await self._close()
+        await super().aclose()
 
-    async def _close(self) -> None:
-        if not self._turn.closed:
-            await to_the_end(self._closing)
-
-    async def _closing(self) -> None:
-        async with self._turn.close():
-            await self._member.leave()
+    async def _free(self) -> None:
+        await self._member.leave()
 
     def __del__(self) -> None:
         member = getattr(self, "_member", None)  # there is none if a wrong argument was given

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from operator import length_hint
 from time import monotonic
-from types import TracebackType
 from typing import Final, Generic, Literal, Protocol, Self, cast, get_args
 
 from anyio.lowlevel import checkpoint
@@ -23,7 +22,7 @@ from ebpfstream.origin import Origin
 from ebpfstream.readymade import Counters
 from ebpfstream.records import Records
 from ebpfstream.statistics import Statistics
-from ebpfstream.turns import Turn, to_the_end
+from ebpfstream.turns import Stream
 
 LATENCY: Final = 0.002
 """Seconds that events may gather, unless told otherwise."""
@@ -73,7 +72,7 @@ class Source(Protocol):
         """Give everything back to the kernel."""
 
 
-class EventStream(Generic[E_co]):
+class EventStream(Stream, Generic[E_co]):
     """Events from the kernel, as an asynchronous iterator.
 
         async with trace_execve() as events:
@@ -107,6 +106,7 @@ class EventStream(Generic[E_co]):
             raise ArgumentError(f"latency={latency!r} is impossible: give seconds, 0 or more")
         if on_lost not in get_args(OnLost):
             raise ArgumentError(f'on_lost={on_lost!r} is unknown: give "count", "yield" or "raise"')
+        super().__init__("event")
         self._source = source
         self._event_type = event_type
         self._latency = latency
@@ -120,7 +120,6 @@ class EventStream(Generic[E_co]):
         self._flowing = False  # the last wait was shorter than `latency`
         self._detached = False
         self._quiet = False  # and no program is running any more
-        self._turn = Turn("event")
         # Of the batch in hand: the events being iterated, and the lists that follow.
         self._batch: EventBatch[E_co] | None = None
         self._chunk: Iterator[E_co] = iter(())
@@ -133,22 +132,6 @@ class EventStream(Generic[E_co]):
         self._late = 0
         self._buffered_most = self._buffer_size = 0
         self._final: Counters | None = None
-
-    async def __aenter__(self) -> Self:
-        with self._turn.taken():
-            await self._open()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._close()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> E_co:
         """The next event.
@@ -386,28 +369,21 @@ class EventStream(Generic[E_co]):
         A task that waits for the next event gets StreamClosedError.  Raises that itself when the stream was closed
         before; leaving the `async with` block never does.
         """
-        self._turn.check_open()
-        await self._close()
+        await super().aclose()
 
-    async def _close(self) -> None:
-        if self._turn.closed:
-            return
-        await to_the_end(self._closing)
-
-    async def _closing(self) -> None:
-        async with self._turn.close():
-            self._detached = True
-            try:
-                if self._buffer is not None:
-                    await run_sync(self._source.stop)  # threads: the kernel waits for grace periods
-                    await run_sync(wait_for_running_programs)
-                    self._buffer.finish()
-                    while records := self._buffer.drain(_BATCH_BYTES):
-                        self._account(EventBatch(self._event_type, records))
-                        await checkpoint()
-            finally:
-                self._put_down()
-                self._release()
+    async def _free(self) -> None:
+        self._detached = True
+        try:
+            if self._buffer is not None:
+                await run_sync(self._source.stop)  # threads: the kernel waits for grace periods
+                await run_sync(wait_for_running_programs)
+                self._buffer.finish()
+                while records := self._buffer.drain(_BATCH_BYTES):
+                    self._account(EventBatch(self._event_type, records))
+                    await checkpoint()
+        finally:
+            self._put_down()
+            self._release()
 
     def _release(self) -> None:
         try:
@@ -419,8 +395,8 @@ class EventStream(Generic[E_co]):
             self._source.close()
 
     def __del__(self) -> None:
-        turn = getattr(self, "_turn", None)  # there is none if a wrong argument was given
-        if turn is not None and not turn.closed and self._buffer is not None:
+        # There is none if a wrong argument was given.
+        if getattr(self, "_buffer", None) is not None and not self._turn.closed:
             self._release()
 
 

@@ -9,7 +9,6 @@ from datetime import datetime
 from math import inf
 from pathlib import Path
 from time import monotonic_ns
-from types import TracebackType
 from typing import Annotated, Any, Final, Self
 
 import anyio
@@ -21,7 +20,7 @@ from ebpfstream.kernel.tracepipe import ENTRIES_AT_ONCE, TraceLine, TracePipe, p
 from ebpfstream.lost import Lost
 from ebpfstream.making import make_batch
 from ebpfstream.statistics import Statistics
-from ebpfstream.turns import Turn, in_thread, to_the_end
+from ebpfstream.turns import Stream, in_thread
 
 _DOUBLE: Final = struct.Struct("<d")
 _PAUSE: Final = 0.01
@@ -63,7 +62,7 @@ class TraceEvent(Event):
         return cls(line.pid, line.task, line.message, line.cpu, line.flags, timestamp, time, monotonic)
 
 
-class TraceStream:
+class TraceStream(Stream):
     """Lines of `bpf_trace_printk`, as an asynchronous iterator of TraceLine and Lost.
 
         async with bpf.trace() as lines:
@@ -86,32 +85,16 @@ class TraceStream:
     event_type = TraceEvent
 
     def __init__(self, on_start: Callable[[], None] | None = None, *, path: Path | None = None) -> None:
+        super().__init__("line")
         self._on_start = on_start
         self._path = path
         self._pipe: TracePipe | None = None
         self._lines: Iterator[TraceLine | Lost] = iter(())
-        self._turn = Turn("line")
         self._detached = False
         self._left: float = inf
         """How many entries are still to come, once it is detached."""
         self._received = self._delivered = self._bytes = 0
         self._lost: int | None = 0  # unknown where the kernel does not say how many
-
-    async def __aenter__(self) -> Self:
-        with self._turn.taken():
-            await self._opened()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._close()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> TraceLine | Lost:
         """The next line, or what was lost before it.
@@ -163,7 +146,9 @@ class TraceStream:
                 with self._turn.waiting():
                     if self._detached and self._pipe is None:
                         return []
-                    pipe = await self._opened()
+                    await self._open()
+                    assert self._pipe is not None
+                    pipe = self._pipe
                     await checkpoint()
                     if self._detached and self._left == inf:
                         self._left = pipe.waiting()
@@ -181,18 +166,16 @@ class TraceStream:
                     woken = not entries
                 self._turn.check_open()
 
-    async def _opened(self) -> TracePipe:
+    async def _open(self) -> None:
         if self._pipe is None:
             # In a thread: attaching what prints takes the kernel up to some 100 ms.
             try:
-                await in_thread(self._open)
+                await in_thread(self._start)
             except BaseException:
                 self._give_up()
                 raise
-        assert self._pipe is not None
-        return self._pipe
 
-    def _open(self) -> None:
+    def _start(self) -> None:
         self._pipe = TracePipe(self._path)
         self._pipe.drain()
         if self._on_start is not None:
@@ -224,24 +207,9 @@ class TraceStream:
         self._detached = True
         self._turn.interrupt()
 
-    async def aclose(self) -> None:
-        """Close the pipe.
-
-        A task that waits for the next line gets StreamClosedError.  Raises that itself when the
-        stream was closed before; leaving the `async with` block never does.
-        """
-        self._turn.check_open()
-        await self._close()
-
-    async def _close(self) -> None:
-        if self._turn.closed:
-            return
-        await to_the_end(self._closing)
-
-    async def _closing(self) -> None:
-        async with self._turn.close():
-            self._lines = iter(())
-            self._give_up()
+    async def _free(self) -> None:
+        self._lines = iter(())
+        self._give_up()
 
     def __del__(self) -> None:
         # Not by its own last reference: the thread that opened it may hold another for a moment.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, TypeVarTuple
+from types import TracebackType
+from typing import Self, TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CancelScope
@@ -121,3 +123,51 @@ class Turn:
         self.closed = True
         self.interrupt()
         return self._lock
+
+
+class Stream(ABC):
+    """Entered, iterated by one task at a time, and closed to the end, whatever cancels that."""
+
+    def __init__(self, what: str) -> None:
+        self._turn = Turn(what)
+
+    async def __aenter__(self) -> Self:
+        with self._turn.taken():
+            await self._open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def aclose(self) -> None:
+        """Close it, and give everything back.
+
+        A task that waits for what comes next gets StreamClosedError.  Raises that itself when it was closed before;
+        leaving the `async with` block never does.
+        """
+        self._turn.check_open()
+        await self._close()
+
+    async def _close(self) -> None:
+        if not self._turn.closed:
+            await to_the_end(self._closing)
+
+    async def _closing(self) -> None:
+        async with self._turn.close():
+            await self._free()
+
+    @abstractmethod
+    async def _open(self) -> None:
+        """Begin, if that has not been done yet."""
+
+    @abstractmethod
+    async def _free(self) -> None:
+        """Give everything back; nobody waits any more."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic_ns
-from types import TracebackType
 from typing import Annotated, Any, Final, Self
 
 from anyio.to_thread import run_sync
@@ -23,7 +22,7 @@ from ebpfstream.making import make_batch
 from ebpfstream.readymade import BPF_FOLDER, Counters, MapSpec, Programs
 from ebpfstream.snapshots import Snapshot, Ticks
 from ebpfstream.statistics import Statistics
-from ebpfstream.turns import Turn, to_the_end
+from ebpfstream.turns import Stream
 
 _USERS: Final = 4096
 _COUNTS: Final = "COUNTS"
@@ -59,7 +58,7 @@ class ExecCount(Event):
         return cls(uid, count, total, computed, computed, monotonic)
 
 
-class ExecCounts:
+class ExecCounts(Stream):
     """How many execs have succeeded by user, again and again, as an asynchronous iterator.
 
         async for counts in count_execve(every=2.0):
@@ -83,9 +82,9 @@ class ExecCounts:
     event_type = ExecCount
 
     def __init__(self, programs: Programs, every: float) -> None:
+        super().__init__("count")
         self._ticks = Ticks(every)
         self._programs = programs
-        self._turn = Turn("count")
         self._table: TypedMap | None = None
         self._detached = False
         self._ended = False
@@ -94,22 +93,6 @@ class ExecCounts:
         self._told: Mapping[int, int] = {}
         self._rest: EventBatch[ExecCount] | None = None
         self._made = self._delivered = 0
-
-    async def __aenter__(self) -> Self:
-        with self._turn.taken():
-            await self._opened()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._close()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> Snapshot:
         """The counts at the next point in time.
@@ -161,7 +144,7 @@ class ExecCounts:
                 with self._turn.waiting():
                     if self._ended or (self._detached and self._table is None):
                         return None
-                    await self._opened()
+                    await self._open()
                     if self._detached:
                         await run_sync(wait_for_running_programs)
                         self._ended = True
@@ -170,7 +153,7 @@ class ExecCounts:
                     return self.read()
                 self._turn.check_open()
 
-    async def _opened(self) -> None:
+    async def _open(self) -> None:
         if self._table is None:
             await self._programs.attach()
             made = self._programs.map(_COUNTS)
@@ -206,25 +189,18 @@ class ExecCounts:
         A task that waits for the next ones gets StreamClosedError.  Raises that itself when this was
         closed before; leaving the `async with` block never does.
         """
-        self._turn.check_open()
-        await self._close()
+        await super().aclose()
 
-    async def _close(self) -> None:
-        if self._turn.closed:
-            return
-        await to_the_end(self._closing)
-
-    async def _closing(self) -> None:
-        async with self._turn.close():
-            self._detached = True
-            try:
-                if self._table is not None:
-                    await run_sync(self._programs.detach)
-                    await run_sync(wait_for_running_programs)
-                self._final = self.read(), self.counters()
-            finally:
-                self._table = None
-                self._programs.close()
+    async def _free(self) -> None:
+        self._detached = True
+        try:
+            if self._table is not None:
+                await run_sync(self._programs.detach)
+                await run_sync(wait_for_running_programs)
+            self._final = self.read(), self.counters()
+        finally:
+            self._table = None
+            self._programs.close()
 
     def __del__(self) -> None:
         programs = getattr(self, "_programs", None)

@@ -108,6 +108,7 @@ SHOWN_BY = {
     "run": '"args":',
     "schema": '"args":',
     "doctor": "an exec arrives",
+    "size": "queue",
 }
 
 

@@ -16,6 +16,7 @@ from ebpfstream.cli.events import execve, schema, syscalls
 from ebpfstream.cli.messages import say
 from ebpfstream.cli.program import program
 from ebpfstream.cli.service import config, run
+from ebpfstream.cli.size import size
 from ebpfstream.cli.top import top
 from ebpfstream.errors import BccNotFoundError, EbpfStreamError
 from ebpfstream.kernel import bcc
@@ -66,5 +67,5 @@ def main() -> None:
     """  # noqa: D301  # click wants the character
 
 
-for _command in (execve, syscalls, count, trace, program, top, run, config, doctor, schema, bench):
+for _command in (execve, syscalls, count, trace, program, top, run, config, doctor, size, schema, bench):
     main.add_command(_command)

@@ -40,9 +40,14 @@ def encode(text: str) -> bytes:
     return _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), text.encode())
 
 
+def encodable(text: str) -> str:
+    """Text with escapes for what cannot be encoded, such as the bytes of a path that are not UTF-8 (PEP 383)."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def hyphenated(name: str) -> str:
-    """A class's name in lower case, its words apart: ExecEvent → exec-event."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
+    """A class's or struct's name in lower case, its words apart: ExecEvent, and exec_event, → exec-event."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).replace("_", "-").lower()
 
 
 def json_string(text: str) -> str:

@@ -100,7 +100,7 @@ def test_example(page: Path, code: str, tmp_path: Path) -> None:
 SHOWN_BY = {
     "execve": '"args":',
     "syscalls": '"name":"execve"',
-    "program": '"message":"Hello World"',
+    "program": '"pid":',
     "count": '"message":"',
     "trace": "",
     "top": "true",

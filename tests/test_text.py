@@ -92,6 +92,10 @@ def test_bash_reads_the_same_bytes_back(size: int) -> None:
     assert shown.stdout.split(b"\0")[:-1] == words
 
 
+def test_names_of_files_can_be_encoded() -> None:
+    assert text.encodable(os.fsdecode(b"caf\xe9 \xc3\xa9")) == r"caf\udce9 é"
+
+
 def test_terminals_get_no_controls() -> None:
     assert text.printable("a\x1b[2J\x9b\tb é") == r"a\u001b[2J\u009b\u0009b é"
 
@@ -179,3 +183,8 @@ def test_every_byte_in_a_command_line(byte: int) -> None:
 def test_escapes_of_five_digits_for_bash() -> None:
     assert text.command_line(["\U0001d173"]) == r"$'\U0001d173'"
     assert text.command_line(["\uffff"]) == r"$'\uffff'"
+
+
+@pytest.mark.parametrize("name", ["ProcessEnd", "process_end"])
+def test_a_class_and_the_struct_that_it_is_of_have_one_name(name: str) -> None:
+    assert text.hyphenated(name) == "process-end"

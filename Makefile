@@ -5,20 +5,22 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run kafka test check format bench baseline fuzz soak endurance service clean
+.PHONY: help setup run kafka test check format docs docs-pictures bench baseline fuzz soak endurance service clean
 
 help: ## Show this
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 setup: .venv/.ready ## Install what is missing, and make .venv with everything in it
 
 run: setup ## Print every exec on this machine as a JSON line, until Ctrl-C (needs root)
 	@$(VENV)/python -m ebpfstream execve --format json
 
+HOST ?= 127.0.0.1
 PORT ?= 9092
+PARTITIONS ?= 3
 
-kafka: .venv/.kafka ## Start an Apache Kafka to try things with, at 127.0.0.1:PORT (9092), until Ctrl-C
-	@$(VENV)/python -m tests.kafka.broker --port $(PORT)
+kafka: .venv/.kafka ## Start an Apache Kafka to try things with, at HOST=127.0.0.1, PORT=9092, until Ctrl-C
+	@$(VENV)/python -m tests.kafka.broker --host $(HOST) --port $(PORT) --partitions $(PARTITIONS)
 
 test: check .venv/.all ## Run the checks and every test; a skipped test is a failure (needs root)
 	@$(VENV)/python -m pytest --no-skips
@@ -31,6 +33,13 @@ check: setup ## Lint, formatting, types
 format: setup ## Rewrite the sources as `make check` wants them, where that can be done by machine
 	@$(VENV)/ruff check --fix
 	@$(VENV)/ruff format
+
+# The variable keeps the theme's news to itself.  Not --quiet: warnings that are not said do not count for --strict.
+docs: .venv/.docs ## Build the documentation into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
+
+docs-pictures: .venv/.docs ## Make the documentation's pictures anew, from what the commands show (needs root)
+	@$(VENV)/python docs/pictures/record.py
 
 ROUNDS ?= 3
 BENCHMARKS := peers buffers kafka loop spool event_forms syscall_tax
@@ -66,8 +75,9 @@ clean: ## Remove everything that was made here
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz
 	@find ebpfstream sinks tests benchmarks fuzz -name __pycache__ -prune -exec rm -rf {} +
 
-# What only some need, and nobody who runs this: a kernel to emulate a machine with, Java, other systems, valgrind.
-.venv/.machines .venv/.peers .venv/.guard: .ci/setup | setup
+# What only some need, and nobody who runs this: a kernel to emulate a machine with, Java, other systems, valgrind, what
+# builds the documentation.
+.venv/.machines .venv/.peers .venv/.guard .venv/.docs: .ci/setup | setup
 	@WITH="$(@:.venv/.%=%)" PYTHON="$(PYTHON)" sh .ci/setup
 	@touch $@
 
@@ -78,9 +88,9 @@ clean: ## Remove everything that was made here
 
 # All of it in one go.
 .venv/.all: .ci/setup tests/kafka/pom.xml | setup
-	@WITH="machines kafka peers guard" PYTHON="$(PYTHON)" sh .ci/setup
+	@WITH="machines kafka peers guard docs" PYTHON="$(PYTHON)" sh .ci/setup
 	@$(VENV)/python -m tests.kafka.jars
-	@touch .venv/.machines .venv/.kafka .venv/.peers .venv/.guard $@
+	@touch .venv/.machines .venv/.kafka .venv/.peers .venv/.guard .venv/.docs $@
 
 .venv/.ready: pyproject.toml .ci/setup
 	@PYTHON="$(PYTHON)" sh .ci/setup

@@ -87,9 +87,10 @@ clean: ## Remove everything that was made here
 	@touch $@
 
 # All of it in one go.
-.venv/.all: .ci/setup tests/kafka/pom.xml | setup
-	@WITH="machines kafka peers guard docs" PYTHON="$(PYTHON)" sh .ci/setup
+.venv/.all: .ci/setup tests/kafka/pom.xml tests/kafka/analysis/pom.xml | setup
+	@WITH="machines kafka peers guard docs analysis" PYTHON="$(PYTHON)" sh .ci/setup
 	@$(VENV)/python -m tests.kafka.jars
+	@$(VENV)/python -m tests.kafka.analysis.flink
 	@touch .venv/.machines .venv/.kafka .venv/.peers .venv/.guard .venv/.docs $@
 
 .venv/.ready: pyproject.toml .ci/setup

@@ -1,4 +1,4 @@
-"""For tests of sinks, and of code that is given events: batches made of events, and what every sink must stand.
+"""For tests of sinks, and of code that is given events: recorded or made ones, and what every sink must stand.
 
     class TestMySink(SinkCompliance):
         @pytest.fixture(autouse=True)
@@ -20,14 +20,19 @@ from ebpfstream.testing.batches import ExampleEvent, make_batch
 from ebpfstream.testing.cancelling import Outcome, Way, cancelled_at, ways_to_cancel
 from ebpfstream.testing.compliance import SinkCompliance
 from ebpfstream.testing.harness import Other
+from ebpfstream.testing.recorded import Replay, load_batches, read_events, save_batches
 
 __all__ = [
     "ExampleEvent",
     "Other",
     "Outcome",
+    "Replay",
     "SinkCompliance",
     "Way",
     "cancelled_at",
+    "load_batches",
     "make_batch",
+    "read_events",
+    "save_batches",
     "ways_to_cancel",
 ]

@@ -34,4 +34,4 @@ def make_batch(
     """
     listed = list(events)
     event_type: Any = type or (listed[0].__class__ if listed else ExampleEvent)
-    return making.make_batch(event_type, listed, lost)
+    return making.batch_of(event_type, listed, lost)

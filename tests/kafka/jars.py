@@ -1,4 +1,4 @@
-"""Apache Kafka's jars: got once with Maven, kept in .venv/kafka until pom.xml changes."""
+"""Jars, as Apache Kafka's: got once with Maven, kept in .venv/kafka until pom.xml changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _INSTALL_MAVEN: Final = (
 
 
 class JarsError(Exception):
-    """There is no Kafka to be started; the message says what to do about it."""
+    """What runs in Java cannot be started; the message says what to do about it."""
 
 
 def missing() -> str:
@@ -37,43 +37,52 @@ def missing() -> str:
         return f"no broker can be started without Java: {_INSTALL_JAVA}"
     if java < _OLDEST_JAVA:
         return f"Kafka needs Java {_OLDEST_JAVA} or later, and `java` here is {java}: {_INSTALL_JAVA}"
-    if not _folder().exists() and not shutil.which("mvn"):
+    if not _folder(_POM, _CACHE).exists() and not shutil.which("mvn"):
         return f"Kafka's jars cannot be fetched without Maven: {_INSTALL_MAVEN}"
     return ""
 
 
-def version() -> str:
-    """The version of Kafka that pom.xml names."""
-    found = re.search(r"<kafka\.version>(.+)</", _POM.read_text())
-    assert found, f"{_POM} names no kafka.version"
+def version(pom: Path = _POM, name: str = "kafka") -> str:
+    """The version that pom.xml names."""
+    found = re.search(rf"<{name}\.version>(.+)</", pom.read_text())
+    assert found, f"{pom} names no {name}.version"
     return found[1]
 
 
 def get() -> Path:
-    """The folder with the jars, fetched first if need be; one process fetches, and others wait for it.
+    """The folder with Kafka's jars, fetched first if need be.
 
     Raises:
         JarsError: Java or Maven is missing, or Maven could not fetch them.
     """
     if reason := missing():
         raise JarsError(reason)
-    folder = _folder()
+    return fetched(_POM, _CACHE)
+
+
+def fetched(pom: Path, cache: Path) -> Path:
+    """The folder with the jars that a pom.xml names; one process fetches, and others wait for it.
+
+    Raises:
+        JarsError: Maven could not fetch them.
+    """
+    folder = _folder(pom, cache)
     if folder.exists():
         return folder
-    _CACHE.mkdir(parents=True, exist_ok=True)
-    with (_CACHE / "lock").open("w") as lock:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            for old in filter(Path.is_dir, _CACHE.iterdir()):  # of another pom.xml, or never finished
+            for old in filter(Path.is_dir, cache.iterdir()):  # of another pom.xml, or never finished
                 shutil.rmtree(old)
-            _fetch(folder)
+            _fetch(pom, folder)
     return folder
 
 
-def _fetch(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=_CACHE) as unfinished:
+def _fetch(pom: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         jars = Path(unfinished, "jars")
-        command = ["mvn", "-q", "-B", "-f", str(_POM), _COPY, "-DincludeScope=runtime"]
+        command = ["mvn", "-q", "-B", "-f", str(pom), _COPY, "-DincludeScope=runtime"]
         try:
             mvn = subprocess.run(
                 [*command, f"-DoutputDirectory={jars}"],
@@ -86,19 +95,19 @@ def _fetch(folder: Path) -> None:
             )
         except subprocess.TimeoutExpired:
             raise JarsError(
-                f"Maven did not fetch Kafka's jars within {_MINUTES} minutes: try again"
+                f"Maven did not fetch the jars of {folder.parent.name} within {_MINUTES} minutes: try again"
             ) from None
         if mvn.returncode:
             last = "\n".join(mvn.stdout.splitlines()[-20:])
             raise JarsError(
-                f"Maven could not fetch Kafka's jars: it needs its repository once, and settings of a proxy or "
-                f"mirror are in ~/.m2/settings.xml. It says:\n{last}"
+                f"Maven could not fetch the jars of {folder.parent.name}: it needs its repository once, and settings of a "
+                f"proxy or mirror are in ~/.m2/settings.xml. It says:\n{last}"
             )
         jars.rename(folder)
 
 
-def _folder() -> Path:
-    return _CACHE / hashlib.sha256(_POM.read_bytes()).hexdigest()[:16]
+def _folder(pom: Path, cache: Path) -> Path:
+    return cache / hashlib.sha256(pom.read_bytes()).hexdigest()[:16]
 
 
 def _java() -> int:

@@ -12,9 +12,10 @@ from ebpfstream.completeness import Completeness
 from ebpfstream.errors import ArgumentError, DecodeError
 from ebpfstream.events import Event
 from ebpfstream.lost import Lost
+from ebpfstream.options import check_choice
 from ebpfstream.origin import Origin
 from ebpfstream.parsing import parser
-from ebpfstream.sinks.kafka_client import Mechanism, Security, bootstrap_servers
+from ebpfstream.sinks.kafka_client import Login, Security, bootstrap_servers
 from ebpfstream.sinks.kafka_consumer import Member
 from ebpfstream.sinks.kafka_records import schema_header
 from ebpfstream.tracers.execve import ExecEvent
@@ -25,21 +26,13 @@ E = TypeVar("E", bound=Event)
 Y_co = TypeVar("Y_co", covariant=True)
 
 
-class Options(typing.TypedDict, total=False):
+class Options(Login, total=False):
     """What KafkaSource takes as well; see there."""
 
     start: Literal["earliest", "latest"]
     commit_every: float
     session_timeout: float
     doubles: Literal["drop", "yield"]
-    tls: bool
-    ca: str | None
-    certificate: str | None
-    private_key: str | None
-    sasl: Mechanism | None
-    username: str | None
-    password: str | None
-    password_file: str | None
 
 
 class KafkaSource(Stream, Generic[Y_co]):
@@ -67,7 +60,8 @@ class KafkaSource(Stream, Generic[Y_co]):
 
     Connects when it is entered or iterated.  A Kafka that is not there, or goes away, is waited for; a topic that is
     not there, and what this user may not do, raises SourceError.  `tls`, `sasl` and the like are as for KafkaSink.
-    Leave it by `async with`, or call `aclose`.  Needs the extra `kafka`, and asyncio.
+    Leave it by `async with`, or call `aclose()`, after which the event in hand will come again: either notes where the
+    group stands, and leaves it.  Needs the extra `kafka`, and asyncio.
     """
 
     @typing.overload
@@ -124,23 +118,12 @@ class KafkaSource(Stream, Generic[Y_co]):
         commit_every: float = 1.0,
         session_timeout: float = 10.0,
         doubles: Literal["drop", "yield"] = "drop",
-        tls: bool = False,
-        ca: str | None = None,
-        certificate: str | None = None,
-        private_key: str | None = None,
-        sasl: Mechanism | None = None,
-        username: str | None = None,
-        password: str | None = None,
-        password_file: str | None = None,
+        **login: Unpack[Login],
     ) -> None:
         super().__init__("event")
-        for name, value, allowed in (
-            ("start", start, ("earliest", "latest")),
-            ("doubles", doubles, ("drop", "yield")),
-            ("on_lost", on_lost, ("count", "yield")),
-        ):
-            if value not in allowed:
-                raise ArgumentError(f"{name}={value!r} is unknown: give {' or '.join(map(repr, allowed))}")
+        check_choice("start", start, Literal["earliest", "latest"])
+        check_choice("doubles", doubles, Literal["drop", "yield"])
+        check_choice("on_lost", on_lost, Literal["count", "yield"])
         if not group or not topic:
             raise ArgumentError("group and topic must have names")
         if not types:
@@ -148,7 +131,7 @@ class KafkaSource(Stream, Generic[Y_co]):
         for name, seconds in (("commit_every", commit_every), ("session_timeout", session_timeout)):
             if not 0 < seconds < inf:
                 raise ArgumentError(f"{name}={seconds} is impossible: give seconds, more than 0")
-        security = Security(tls, ca, certificate, private_key, sasl, username, password, password_file)
+        security = Security(**login)
         security.check()
         self._topic = topic
         self._parsers = {schema_header(of).encode(): parser(of) for of in types}
@@ -161,6 +144,7 @@ class KafkaSource(Stream, Generic[Y_co]):
         self._yields_lost = on_lost == "yield"
         self._completeness = Completeness()
         self._origins: dict[tuple[bytes, ...], Origin] = {}
+        self._of_last: Origin | None = None
         self._member = Member(
             bootstrap_servers(servers),
             topic,
@@ -224,7 +208,7 @@ class KafkaSource(Stream, Generic[Y_co]):
             raise DecodeError(f"{place}: {error}") from None
 
     def _is_to_be_seen(self, event: Any, headers: dict[str, bytes]) -> bool:
-        origin = self._origin(headers)
+        origin = self._of_last = self._origin(headers)
         if isinstance(event, Lost):
             is_new = origin is None or self._completeness.tell(origin, event)
             return self._yields_lost and (is_new or not self._drops_doubles)
@@ -249,17 +233,17 @@ class KafkaSource(Stream, Generic[Y_co]):
             origin = self._origins[told] = Origin(*(name.decode(errors="replace") for name in told))
         return origin
 
+    @property
+    def origin(self) -> Origin | None:
+        """Where the event that came last comes from: with its CPU, program and sequence number, its name for good.
+
+        None if none has come, and for a record that does not tell, as of another program.
+        """
+        return self._of_last
+
     def completeness(self) -> Completeness:
         """What has come so far of each stream, and what is missing."""
         return self._completeness
-
-    async def aclose(self) -> None:
-        """Note where the group stands, and leave it; the event in hand will come again.
-
-        A task that waits for the next event gets StreamClosedError.  Raises that itself when the source was closed
-        before; leaving the `async with` block never does.
-        """
-        await super().aclose()
 
     async def _free(self) -> None:
         await self._member.leave()

@@ -5,20 +5,32 @@ from __future__ import annotations
 import pickle
 import random
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfstream.completeness import Completeness, Numbers
+from ebpfstream.errors import DecodeError
+from ebpfstream.events import U32, U64, Event
 from ebpfstream.lost import Lost
 from ebpfstream.origin import Origin
+from ebpfstream.source import KafkaSource
 
 HERE = Origin("a", "boot", "1")
 THERE = Origin("b", "boot", "1")
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
+
+
+@dataclass
+class Mine(Event):
+    cpu: U32
+    sequence: U64
+
 
 # Among few, so that they come twice; over the borders of pieces; and far apart.
 some_numbers = st.lists(st.integers(0, 30) | st.integers(1000, 1050) | st.integers(0, 2**64 - 1))
@@ -152,3 +164,31 @@ def test_what_workers_have_seen_is_put_together(seed: int) -> None:
     assert sum(received.doubles for received in whole.values()) == 1
     assert whole[lost[0]].missing == (lost[2] not in (0, 199))
     assert set(whole) == {HERE, THERE}
+
+
+def test_where_an_event_comes_from() -> None:
+    """Each event by its own record: those of a group's members can be put together by their names."""
+    source = KafkaSource("127.0.0.1", "exec", group="one", types=[Mine], doubles="yield", on_lost="yield")
+
+    def read(value: bytes, origin: Origin | None, **headers: bytes) -> object:
+        named = origin._asdict() if origin else {}
+        told = [*((name, text.encode()) for name, text in named.items()), *headers.items()]
+        return source._read(SimpleNamespace(value=value, headers=told, partition=0, offset=0))
+
+    first, second = b'{"cpu":0,"sequence":7}', b'{"cpu":1,"sequence":8}'
+    loss = b'{"lost":{"cpu":0,"count":1,"first_sequence":5,"last_sequence":5,"time":"2026-07-01T12:00:00.000000Z"}}'
+    assert source.origin is None
+    assert read(first, HERE, sequence=b"0/7") == Mine(0, 7)
+    assert source.origin == HERE
+    assert read(second, THERE, sequence=b"1/8") == Mine(1, 8)
+    assert source.origin == THERE
+    assert read(loss, HERE, schema=b"lost", sequence=b"0/5-5") == Lost(0, 1, 5, 5, NOON)
+    assert source.origin == HERE
+    with pytest.raises(DecodeError):
+        read(b"{", THERE, sequence=b"1/9")
+    assert read(first, None) == Mine(0, 7)  # another program's: there is nothing to name it by
+    assert source.origin is None
+    assert {origin: received.events for origin, received in source.completeness().items()} == {
+        HERE: 1,
+        THERE: 1,
+    }

@@ -25,13 +25,14 @@ USER: Final = "alice"  # of the SASL listeners
 PASSWORD: Final = "not-quite-secret"
 
 _LOGIN: Final = "org.apache.kafka.common.security"
+_HERE: Final = "127.0.0.1"
 _JAVA: Final = ("java", "-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 _START_SECONDS: Final = 90.0  # takes three
 _STOP_SECONDS: Final = 20.0
 
 _USE: Final = """\
 Apache Kafka is at {servers}, until Ctrl-C.  Its data {kept}.
-A topic comes into being when it is first written to, with 3 partitions.  As root:
+A topic comes into being when it is first written to, with {partitions} partitions.  As root:
   .venv/bin/python -m ebpfstream execve --to kafka://{servers}/exec"""
 
 
@@ -114,12 +115,14 @@ class Cluster:
         *,
         listeners: Collection[Listener] = tuple(Listener),
         properties: Mapping[str, str] | None = None,
+        host: str = _HERE,
         port: int = 0,
     ) -> None:
-        """Give a `port` to have the first node's PLAIN listener there."""
+        """PLAIN listeners are at `host`; give a `port` to have the first node's there."""
         self.folder = folder.resolve()
         self.nodes = tuple(range(1, nodes + 1))
         self.properties = dict(properties or {})
+        self._hosts = dict.fromkeys(listeners, _HERE) | {Listener.PLAIN: host}
         self.authority = self.folder / "authority.pem"
         """The certificate that certificates of nodes are verified with."""
         self.certificate = self.folder / "client.pem"
@@ -157,7 +160,10 @@ class Cluster:
 
     def servers_at(self, listener: Listener) -> str:
         """Addresses of all nodes, at this listener of theirs."""
-        return ",".join(f"127.0.0.1:{self._advertised[node][listener]}" for node in self.nodes)
+        return ",".join(self._server(node, listener) for node in self.nodes)
+
+    def _server(self, node: int, listener: Listener) -> str:
+        return f"{self._hosts[listener]}:{self._advertised[node][listener]}"
 
     def pid(self, node: int) -> int:
         """The process of a node that was started."""
@@ -254,8 +260,8 @@ class Cluster:
             "node.id": node,
             "log.dirs": self._data(node),
             "controller.quorum.voters": ",".join(f"{n}@127.0.0.1:{p}" for n, p in self._controllers.items()),
-            "listeners": f"{_addresses(ports)},CONTROLLER://127.0.0.1:{self._controllers[node]}",
-            "advertised.listeners": _addresses(self._advertised[node]),
+            "listeners": f"{self._addresses(ports)},CONTROLLER://127.0.0.1:{self._controllers[node]}",
+            "advertised.listeners": self._addresses(self._advertised[node]),
             "listener.security.protocol.map": ",".join([*protocols, "CONTROLLER:PLAINTEXT"]),
             "default.replication.factor": replication,
             "offsets.topic.replication.factor": replication,
@@ -297,15 +303,18 @@ class Cluster:
         return file.read_text()
 
     def _wait_for(self, node: int, alive: set[int]) -> None:
-        port = self._listeners[node][Listener.PLAIN]
+        host, port = self._hosts[Listener.PLAIN], self._listeners[node][Listener.PLAIN]
         until = time.monotonic() + _START_SECONDS
-        while not (accepts(port) and alive <= client.nodes(f"127.0.0.1:{port}")):
+        while not (accepts(port, host) and alive <= client.nodes(f"{host}:{port}")):
             what = "has ended at once" if self._processes[node].ended else ""
             if time.monotonic() > until:
                 what = f"does not answer within {_START_SECONDS:.0f} s, or does not find nodes {alive}"
             if what:
                 raise BrokerError(f"node {node} {what}\n{self.log_tail(node)}")
             time.sleep(0.1)
+
+    def _addresses(self, ports: Mapping[Listener, int]) -> str:
+        return ",".join(f"{listener}://{self._hosts[listener]}:{port}" for listener, port in ports.items())
 
     def _properties(self, node: int) -> Path:
         return self.folder / str(node) / "server.properties"
@@ -322,38 +331,39 @@ def _java(*arguments: str) -> list[str]:
     return [*_JAVA, f"-Dlog4j2.configurationFile={logging.as_uri()}", "-cp", f"{jars.get()}/*", *arguments]
 
 
-def _addresses(ports: Mapping[Listener, int]) -> str:
-    return ",".join(f"{name}://127.0.0.1:{port}" for name, port in ports.items())
-
-
 @click.command()
-@click.option("--port", default=9092, show_default=True, help="Where it listens, at 127.0.0.1.")
+@click.option(
+    "--host", default=_HERE, show_default=True, help="The address of this machine where it listens."
+)
+@click.option("--port", default=9092, show_default=True, help="The port there.")
+@click.option("--partitions", default=3, show_default=True, help="How many a new topic has.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Keep its data in this folder.  [default: nowhere]"
 )
-def main(port: int, data: Path | None) -> None:
+def main(host: str, port: int, partitions: int, data: Path | None) -> None:
     """Start one node of Apache Kafka, until Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if not is_free(port):
+    if not is_free(port, host):
         raise click.ClickException(
             f"port {port} is taken (`ss -ltnp` says by whom): end that, or name another --port"
+            if is_free(0, host)
+            else f"{host} is no address of this machine (`ip address` lists them): name another --host"
         )
     try:
         with tempfile.TemporaryDirectory(prefix="kafka-") as nowhere:
-            _run(port, data or Path(nowhere), is_kept=data is not None)
+            _run(host, port, partitions, data or Path(nowhere), is_kept=data is not None)
     except (jars.JarsError, BrokerError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo("ended", err=True)
 
 
-def _run(port: int, folder: Path, *, is_kept: bool) -> None:
+def _run(host: str, port: int, partitions: int, folder: Path, *, is_kept: bool) -> None:
     click.echo(f"Apache Kafka {jars.version()} is starting", err=True)
-    properties = {"auto.create.topics.enable": "true"}
-    with Cluster(folder, listeners=[Listener.PLAIN], properties=properties, port=port) as cluster:
-        click.echo(
-            _USE.format(servers=cluster.servers, kept=f"are kept in {folder}" if is_kept else "are gone then")
-        )
+    properties = {"auto.create.topics.enable": "true", "num.partitions": str(partitions)}
+    with Cluster(folder, listeners=[Listener.PLAIN], properties=properties, host=host, port=port) as cluster:
+        kept = f"are kept in {folder}" if is_kept else "are gone then"
+        click.echo(_USE.format(servers=cluster.servers, kept=kept, partitions=partitions))
         try:
             cluster.wait()
         except KeyboardInterrupt:

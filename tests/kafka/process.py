@@ -62,10 +62,10 @@ class Process:
         self._process.wait()
 
 
-def accepts(port: int) -> bool:
-    """Whether somebody listens at 127.0.0.1:`port`."""
+def accepts(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether somebody listens there."""
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def free_port() -> int:
@@ -76,12 +76,12 @@ def free_port() -> int:
     return port
 
 
-def is_free(port: int) -> bool:
-    """Whether one can listen at 127.0.0.1:`port`."""
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether one can listen there; port 0: at any port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True

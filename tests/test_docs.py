@@ -162,6 +162,19 @@ def test_configuration(text: str, tmp_path: Path) -> None:
     assert config.parse(text, tmp_path / "documented.toml").sources
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Those within the repository; of docs/ tests/test_site.py looks at the result."""
+    for link in re.findall(r"\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)", page.read_text()):
+        file = page.parent / link[0] if link[0] else page
+        assert file.exists(), link
+        if link[1]:
+            titles = re.findall(r"(?m)^#+ (.*)$", file.read_text())
+            assert link[1][1:] in {
+                re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+            }
+
+
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 5
     assert len(COMMANDS) >= 3

@@ -26,7 +26,7 @@ def test_events_are_read_from_what_a_sink_wrote(tmp_path: Path) -> None:
     path.write_bytes(b"".join(batch.to_json_lines() for batch in BATCHES))
     assert read_events(path, ExampleEvent) == [*EVENTS[:3], LOST, *EVENTS[3:]]
     path.write_text('{"number":1,"comm":"true"}')
-    with pytest.raises(DecodeError, match="the line has no ExampleEvent.message"):
+    with pytest.raises(DecodeError, match=r"the line has no ExampleEvent\.message"):
         read_events(path, ExampleEvent)
 
 

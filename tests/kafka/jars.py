@@ -100,8 +100,8 @@ def _fetch(pom: Path, folder: Path) -> None:
         if mvn.returncode:
             last = "\n".join(mvn.stdout.splitlines()[-20:])
             raise JarsError(
-                f"Maven could not fetch the jars of {folder.parent.name}: it needs its repository once, and settings of a "
-                f"proxy or mirror are in ~/.m2/settings.xml. It says:\n{last}"
+                f"Maven could not fetch the jars of {folder.parent.name}: it needs its repository once, and "
+                f"settings of a proxy or mirror are in ~/.m2/settings.xml. It says:\n{last}"
             )
         jars.rename(folder)
 

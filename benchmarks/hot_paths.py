@@ -183,8 +183,7 @@ def played(records: Records, times: int) -> Iterator[Records]:
 
 def _marked() -> Iterator[Records]:
     mark()
-    return
-    yield
+    yield from ()
 
 
 def _no_time() -> float:

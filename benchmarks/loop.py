@@ -156,12 +156,14 @@ def row(name: str, lags: Lags, told: str) -> str:
     return f"| {name} | {len(lags)} | {' | '.join(cells)} | {told or ' | | | '} |"
 
 
-def peer(kind: Kind, wakeup: int, seconds: float) -> None:
-    """BCC in a task, as its users have it; ends the process."""
-    library = bcc.load(bcc.find())
-    assert library is not None
-    module = sys.modules["_ebpfstream_bcc"]
-    with flood.producing(cpu=1) as producer:
+class PeerRun:
+    """BCC in a task, as its users have it, for some seconds; it ends the process."""
+
+    def __init__(self, kind: Kind, wakeup: int, seconds: float, producer: flood.Producer) -> None:
+        self._kind, self._wakeup, self._seconds = kind, wakeup, seconds
+        self._producer = producer
+        self._polls = self._returned = self._events = 0
+        self._lags: Lags = []
         output, submit = _PEER_OUTPUT[kind]
         number = 110 if platform.machine() == "x86_64" else 173
         text = _PEER.replace("OUTPUT", output).replace("SUBMIT", submit)
@@ -169,79 +171,68 @@ def peer(kind: Kind, wakeup: int, seconds: float) -> None:
         tree = next(headers.trees(text))
         if tree is not None:
             os.environ["BCC_KERNEL_SOURCE"] = str(tree)
-        bpf = module.BPF(text=text)
-        output_map = bpf["output"]
-        counts = {"polls": 0, "returned": 0, "events": 0, "lost": 0}
-        lags: Lags = []
-
-        def seen(_: object, data: object, size: int) -> None:
-            one = output_map.event(data)
-            FloodEvent(one.sequence, one.monotonic, one.cpu, one.weight, one.program, one.payload)
-            counts["events"] += 1
-
-        def missed(count: int) -> None:
-            counts["lost"] += count
-
-        async def poll() -> None:
-            once = bpf.ring_buffer_poll if kind == "ring" else bpf.perf_buffer_poll
-            while True:
-                counts["polls"] += 1
-                once(0)
-                counts["returned"] += 1
-                await asyncio.sleep(0)
-
-        async def run() -> None:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(tick(lags))
-                await asyncio.sleep(0.1)
-                before = len(lags)
-                producer.start(CALLS)
-                threading.Thread(target=watch, args=[before], daemon=True).start()
-                tasks.create_task(poll())
-
-        def watch(before: int) -> None:
-            try:
-                time.sleep(seconds)
-                name = f"{kind}, a wakeup for {wakeup}" if wakeup > 1 else kind
-                waiting = counts["polls"] - counts["returned"]
-                print(
-                    f"| BCC, {name} | {seconds:.0f} s: "
-                    f"{counts['polls']} polls begun, {counts['returned']} returned, "
-                    f"{waiting} still at it; {len(lags) - before} ticks; "
-                    f"{counts['events'] / seconds / 1e3:.0f} k events/s read |",
-                    flush=True,
-                )
-                headers.clean_up()
-            finally:
-                producer.end()
-                os._exit(0)
-
+        library = bcc.load(bcc.find())
+        assert library is not None
+        self._bpf: Any = sys.modules["_ebpfstream_bcc"].BPF(text=text)
+        self._output: Any = self._bpf["output"]
         if kind == "ring":
-            output_map.open_ring_buffer(seen)
+            self._output.open_ring_buffer(self._seen)
         else:
-            output_map.open_perf_buffer(
-                seen, page_cnt=BUFFER_SIZE >> 13, lost_cb=missed, wakeup_events=wakeup
+            self._output.open_perf_buffer(
+                self._seen, page_cnt=BUFFER_SIZE >> 13, lost_cb=self._missed, wakeup_events=wakeup
             )
-        asyncio.run(run())
+
+    async def run(self) -> None:
+        """Poll, and tick, until `_watch` ends it all."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(tick(self._lags))
+            await asyncio.sleep(0.1)
+            before = len(self._lags)
+            self._producer.start(CALLS)
+            threading.Thread(target=self._watch, args=[before], daemon=True).start()
+            tasks.create_task(self._poll())
+
+    def _seen(self, _: object, data: object, size: int) -> None:
+        one = self._output.event(data)
+        FloodEvent(one.sequence, one.monotonic, one.cpu, one.weight, one.program, one.payload)
+        self._events += 1
+
+    def _missed(self, count: int) -> None:
+        """BCC prints a line for each loss where nobody takes them."""
+
+    async def _poll(self) -> None:
+        once = self._bpf.ring_buffer_poll if self._kind == "ring" else self._bpf.perf_buffer_poll
+        while True:
+            self._polls += 1
+            once(0)
+            self._returned += 1
+            await asyncio.sleep(0)
+
+    def _watch(self, before: int) -> None:
+        try:
+            time.sleep(self._seconds)
+            name = f"{self._kind}, a wakeup for {self._wakeup}" if self._wakeup > 1 else self._kind
+            print(
+                f"| BCC, {name} | {self._seconds:.0f} s: "
+                f"{self._polls} polls begun, {self._returned} returned, "
+                f"{self._polls - self._returned} still at it; {len(self._lags) - before} ticks; "
+                f"{self._events / self._seconds / 1e3:.0f} k events/s read |",
+                flush=True,
+            )
+            headers.clean_up()
+        finally:
+            self._producer.end()
+            os._exit(0)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--peer-seconds", type=float, default=10)
-    parser.add_argument("--backend", choices=list(BACKENDS), default="asyncio")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="what was found, for machines")
-    parser.add_argument("--peer", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.sched_setaffinity(0, {0})
-    if options.peer is not None:
-        kind, wakeup = PEERS[options.peer]
-        peer(kind, wakeup, options.peer_seconds)
-    backend, backend_options = BACKENDS[options.backend]
+def peer(kind: Kind, wakeup: int, seconds: float) -> None:
+    """One run of BCC; ends the process."""
+    with flood.producing(cpu=1) as producer:
+        asyncio.run(PeerRun(kind, wakeup, seconds, producer).run())
+
+
+def say_what(options: argparse.Namespace) -> None:
+    """What is measured, and where."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("ebpfstream", "anyio", "trio", "uvloop"))
     load = os.getloadavg()[0]
     print(f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions};")
@@ -253,6 +244,11 @@ def main() -> None:
         "how late a sleep of 1 ms ends, how late the deadline came that ended the reading, how long aclose() took:"
     )
     print("milliseconds\n")
+
+
+def ours(options: argparse.Namespace) -> None:
+    """Measure this library, round by round."""
+    backend, backend_options = BACKENDS[options.backend]
     print(
         "| read | ticks | p50 | p99 | worst | own p50 | p99 | worst | delivered | lost | deadline late | aclose() |"
     )
@@ -279,19 +275,36 @@ def main() -> None:
             for name, found in p99.items()
         ],
     )
-    if not options.peer_seconds:
-        return
+
+
+def peers(seconds: float) -> None:
+    """Measure BCC, each run in a process of its own."""
     print("\n| BCC's poll in a task | |\n|---|---|", flush=True)
     for number in range(len(PEERS)):
-        command = [
-            sys.executable,
-            __file__,
-            "--peer",
-            str(number),
-            "--peer-seconds",
-            str(options.peer_seconds),
-        ]
-        subprocess.run(command, check=True, timeout=options.peer_seconds + 60)
+        command = [sys.executable, __file__, "--peer", str(number), "--peer-seconds", str(seconds)]
+        subprocess.run(command, check=True, timeout=seconds + 60)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--peer-seconds", type=float, default=10)
+    parser.add_argument("--backend", choices=list(BACKENDS), default="asyncio")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what was found, for machines")
+    parser.add_argument("--peer", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {0})
+    if options.peer is not None:
+        kind, wakeup = PEERS[options.peer]
+        peer(kind, wakeup, options.peer_seconds)
+    say_what(options)
+    ours(options)
+    if options.peer_seconds:
+        peers(options.peer_seconds)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.peers.catalogue import FLOOR
 from ebpfstream.bench.measuring import Kind
-from ebpfstream.bench.picture import COLOURS, between, count, size
-from ebpfstream.bench.results import time
+from ebpfstream.bench.picture import COLOURS, between, count
+from ebpfstream.bench.results import size, time
 from ebpfstream.stream import LATENCY
 
 DRAWN: Final = {"peers": "peers.png", "buffers": "buffers.png"}
@@ -261,14 +261,6 @@ _SERIES: Final[list[Series]] = [(kind, policy) for policy in _POLICIES for kind 
 
 
 def _buffers(found: Found) -> Figure:
-    cases = found["cases"]
-
-    def sweep(kind: str, policy: str, varied: str, **given: int) -> list[Found]:
-        """The cases in which nothing else varies."""
-        wanted = {**_BASE, **given, "kind": kind, "policy": policy}
-        del wanted[varied]
-        return [case for case in cases if wanted.items() <= case.items()]
-
     figure = _figure(
         "BPF ring buffer and perf buffer, read by ebpfstream: events gathered for "
         f"{LATENCY * 1e3:g} ms (its default), or read at once "
@@ -278,29 +270,50 @@ def _buffers(found: Found) -> Figure:
         5.2,
     )
     losses, sizes, latencies = figure.subplots(1, 3)
-    by_rate = {series: sorted(sweep(*series, "rate", buffer_size=_SMALL), key=_offered) for series in _SERIES}
-    _curves(losses, by_rate, _offered, lambda figures: 100 * figures["lost_part"])
-    losses.set_ylim(-0.4, max(10.0, losses.get_ylim()[1]))
-    losses.set_ylabel("% of the events lost (less is better)")
+    cases = found["cases"]
+    by_rate = {
+        series: sorted(_sweep(cases, *series, "rate", buffer_size=_SMALL), key=_offered) for series in _SERIES
+    }
+    _losses(losses, by_rate)
+    _sizes(sizes, {series: _sweep(cases, *series, "size") for series in _SERIES})
+    _latencies(latencies, by_rate)
+    figure.tight_layout(rect=(0, 0.04, 1, 0.98), w_pad=2.5)
+    return figure
+
+
+def _sweep(cases: list[Found], kind: str, policy: str, varied: str, **given: int) -> list[Found]:
+    """The cases in which nothing else varies."""
+    wanted = {**_BASE, **given, "kind": kind, "policy": policy}
+    del wanted[varied]
+    return [case for case in cases if wanted.items() <= case.items()]
+
+
+def _losses(axes: Axes, by_rate: dict[Series, list[Found]]) -> None:
+    def lost(figures: Found) -> float:
+        return 100 * float(figures["lost_part"])
+
+    _curves(axes, by_rate, _offered, lost)
+    axes.set_ylim(-0.4, max(10.0, axes.get_ylim()[1]))
+    axes.set_ylabel("% of the events lost (less is better)")
+    _finish(axes, by_rate, _offered, lost)
     limit = {kind: by_rate[kind, "gathered"][-1] for kind in COLOURS}
     said = ", ".join(
-        f"{kind} {100 * case['median']['lost_part']:.2g} % of {_short(_offered(case))}/s"
-        for kind, case in limit.items()
+        f"{kind} {lost(case['median']):.2g} % of {_short(_offered(case))}/s" for kind, case in limit.items()
     )
-    _finish(losses, by_rate, _offered, lambda figures: 100 * figures["lost_part"])
-    _plain(losses, f"Gathered, a producer that never stops loses\n{said} (64 bytes, 256 KiB)")
+    _plain(axes, f"Gathered, a producer that never stops loses\n{said} (64 bytes, 256 KiB)")
 
-    by_size = {series: sweep(*series, "size") for series in _SERIES}
-    _curves(sizes, by_size, lambda case: case["size"], _delivered)
-    sizes.set_yscale("log")
-    sizes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: count(rate)))
-    sizes.yaxis.set_minor_formatter(FuncFormatter(between))
-    sizes.set_ylabel("events delivered each second (more is better)")
-    _finish(sizes, by_size, lambda case: case["size"], _delivered)
+
+def _sizes(axes: Axes, by_size: dict[Series, list[Found]]) -> None:
+    _curves(axes, by_size, lambda case: case["size"], _delivered)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: count(rate)))
+    axes.yaxis.set_minor_formatter(FuncFormatter(between))
+    axes.set_ylabel("events delivered each second (more is better)")
+    _finish(axes, by_size, lambda case: case["size"], _delivered)
     points = [case["size"] for case in by_size["ring", "gathered"]]
-    sizes.set_xticks(points, [size(point) for point in points])
-    sizes.xaxis.set_minor_locator(NullLocator())
-    sizes.set_xlabel("bytes of an event")
+    axes.set_xticks(points, [size(point) for point in points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("bytes of an event")
     gathered, each = (
         statistics.median(
             _delivered(one) / _delivered(other)
@@ -309,25 +322,25 @@ def _buffers(found: Found) -> Figure:
         for policy in ("gathered", "each")
     )
     _plain(
-        sizes,
+        axes,
         f"The ring takes {gathered:.2g} times perf's events, gathered,\n"
         f"and {each:.2g} times, at once (64 bytes, 4 MiB)",
     )
 
-    _curves(latencies, by_rate, _offered, lambda figures: figures["p99"])
-    latencies.set_yscale("log")
-    latencies.yaxis.set_major_formatter(FuncFormatter(lambda latency, _: time(latency)))
-    latencies.set_ylabel("99 % of the events are read within (less is better)")
-    _finish(latencies, by_rate, _offered, lambda figures: figures["p99"])
+
+def _latencies(axes: Axes, by_rate: dict[Series, list[Found]]) -> None:
+    _curves(axes, by_rate, _offered, lambda figures: figures["p99"])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda latency, _: time(latency)))
+    axes.set_ylabel("99 % of the events are read within (less is better)")
+    _finish(axes, by_rate, _offered, lambda figures: figures["p99"])
     slowest = by_rate["ring", "gathered"][0], by_rate["ring", "each"][0]
     late, at_once = (time(case["median"]["p99"]) for case in slowest)
     _plain(
-        latencies,
+        axes,
         f"At {_short(_offered(slowest[0]))}/s 99 % of the ring's events come\n"
         f"within {late}, gathered, or {at_once}, at once",
     )
-    figure.tight_layout(rect=(0, 0.04, 1, 0.98), w_pad=2.5)
-    return figure
 
 
 def _offered(case: Found) -> float:

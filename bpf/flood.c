@@ -16,6 +16,8 @@
 #define GETPPID 110
 #elif defined(__aarch64__)
 #define GETPPID 173
+#else
+#error "the number of getppid(2) is not known here for this architecture yet"
 #endif
 
 int flood(struct bpf_raw_tracepoint_args *ctx)

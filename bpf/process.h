@@ -98,7 +98,7 @@ static __always_inline bool passes(struct who *who)
 		return false;
 	if (criteria & FILTER_COMM) {
 		u64 comm[2] = {};
-		bpf_get_current_comm(comm, sizeof(comm));
+		bpf_probe_read_kernel_str(comm, sizeof(comm), who->task->comm);
 		if (comm[0] != filters->comm[0] || comm[1] != filters->comm[1])
 			return false;
 	}

@@ -100,8 +100,8 @@ class EventBatch(Generic[E_co]):
 
         Integers and flags are of their own width, char arrays raw bytes, computed fields left out.
         The array is a read-only view of the batch's bytes; only where records were withdrawn
-        between the events is it a copy.  Needs the extra `numpy`.  Raises EventTypeError for types
-        with tails, DecodeError.
+        between the events is it a copy.  Raises EventTypeError for types with tails, DecodeError, and
+        EbpfStreamError without numpy (the extra `numpy`).
         """
         return columns.to_numpy(self.event_type, self.records)
 

@@ -82,9 +82,8 @@ class Number(CType):
         except TypeError:
             raise self._cannot(value, "give an integer") from None
         except OverflowError:
-            bits = self.size * 8
-            least, most = (-1 << bits - 1, (1 << bits - 1) - 1) if self.signed else (0, (1 << bits) - 1)
-            raise self._cannot(value, f"give {least} to {most}") from None
+            limits = Integer(self.size, self.signed).limits
+            raise self._cannot(value, f"give {limits[0]} to {limits[-1]}") from None
 
     def _declared(self, name: str) -> str:
         return f"{self._name} {name}"

@@ -1,12 +1,12 @@
 """Decoders and encoders, generated for each event type.
 
 A loop over fields costs more than the fields, so each type gets two functions of its own, written
-as text and compiled once: records → events, and records → JSON lines without events in between.
+as text and compiled once: records → events, and records → JSON lines without events in between, for all
+fields or those chosen.
 """
 
 from __future__ import annotations
 
-import difflib
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -28,6 +28,7 @@ from ebpfstream.events import (
     layout,
     must_be_called,
 )
+from ebpfstream.names import did_you_mean, near
 from ebpfstream.records import Records
 from ebpfstream.unpacking import RecordStructs, struct_format
 from ebpfstream.values import (
@@ -82,9 +83,8 @@ def selection(event_type: type[Any], fields: Mapping[str, str] | Sequence[str]) 
     kinds = layout(event_type).kinds
     for name, shown in chosen.items():
         if name not in kinds:
-            near = difflib.get_close_matches(str(name), kinds, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
-            raise ArgumentError(f"{event_type.__name__} has no field {name!r}; {hint}")
+            hint = did_you_mean(map(repr, near(str(name), kinds))) or f"; there are {', '.join(kinds)}"
+            raise ArgumentError(f"{event_type.__name__} has no field {name!r}{hint}")
         if not (isinstance(shown, str) and shown.isprintable()) or (shown == "lost" != name):
             raise ArgumentError(
                 f"a field in JSON cannot be called {shown!r}: give printable text, and not 'lost', which losses are"
@@ -103,7 +103,7 @@ def _generate(event_type: type[Any], fields: Mapping[str, str] | None = None) ->
     names: dict[str, Any] = {
         "Event": event_type,
         "SIZE": plan.size,
-        "SHORTEST": _shortest(event_type, plan),
+        "SHORTEST": shortest(event_type, plan),
         "lengthened": partial(_lengthened, plan.size),
         "CHUNK": _CHUNK,
         "LINES": _LINES,
@@ -133,8 +133,8 @@ def _generate(event_type: type[Any], fields: Mapping[str, str] | None = None) ->
     return Codec(names["decode"], names["encode"], source)
 
 
-def _shortest(event_type: type[Any], plan: Layout) -> int:
-    """Programs of others may submit a char array at the end only as far as it is filled."""
+def shortest(event_type: type[Any], plan: Layout) -> int:
+    """The bytes that a record has at least: programs of others may submit a char array at the end as far as filled."""
     last = plan.members[-1]
     text_at_the_end = isinstance(last.kind, Char) and plan.types.get(last.name) is str
     return last.offset if event_type.__layout__ is not None and text_at_the_end else plan.size
@@ -165,27 +165,31 @@ class _Writer:
 
     def decoder(self) -> list[str]:
         """records, offset of the wall clock → lists of events."""
-        if not self._tails:
-            return [
-                "def decode(records, offset):",
-                "    data = memoryview(records.data)",
-                "    for position, stride, size, count in records.runs:",
-                "        if SHORTEST <= size < SIZE:",
-                "            yield from decode(lengthened(records, position, stride, size, count), offset)",
-                "            continue",
-                "        if not SIZE <= size <= SIZE + records.padding:",
-                "            for _ in range(count):",
-                "                yield misfit(size)",
-                "            continue",
-                "        iter_unpack = structs[records.prefix, stride, 1].iter_unpack",
-                "        end = position + stride * count",
-                "        for start in range(position, end, stride * CHUNK):",
-                "            part = data[start : min(start + stride * CHUNK, end)]",
-                "            chunk = []",
-                f"            for {self._names} in iter_unpack(part):",
-                *self._make_event("                "),
-                "            yield chunk",
-            ]
+        return self._tailed_decoder() if self._tails else self._fixed_decoder()
+
+    def _fixed_decoder(self) -> list[str]:
+        return [
+            "def decode(records, offset):",
+            "    data = memoryview(records.data)",
+            "    for position, stride, size, count in records.runs:",
+            "        if SHORTEST <= size < SIZE:",
+            "            yield from decode(lengthened(records, position, stride, size, count), offset)",
+            "            continue",
+            "        if not SIZE <= size <= SIZE + records.padding:",
+            "            for _ in range(count):",
+            "                yield misfit(size)",
+            "            continue",
+            "        iter_unpack = structs[records.prefix, stride, 1].iter_unpack",
+            "        end = position + stride * count",
+            "        for start in range(position, end, stride * CHUNK):",
+            "            part = data[start : min(start + stride * CHUNK, end)]",
+            "            chunk = []",
+            f"            for {self._names} in iter_unpack(part):",
+            *self._make_event("                "),
+            "            yield chunk",
+        ]
+
+    def _tailed_decoder(self) -> list[str]:
         before_error = ["if chunk:", "    yield chunk", "    chunk = []"]
         return [
             "def decode(records, offset):",
@@ -209,36 +213,37 @@ class _Writer:
         )
         form = repr(f"{{{line}}}\n".encode())
         needed = {source for name in self._fields for source in self._sources(name)}
-        if not self._tails:
-            columns = [column for name in self._fields for column in self._json_columns(name)]
-            width, height = len(self._members), len(columns)
-            return [
-                "def encode(records, offset):",
-                "    data = records.data",
-                "    lines = []",
-                "    for position, stride, size, count in records.runs:",
-                "        if SHORTEST <= size < SIZE:",
-                "            lines.append(encode(lengthened(records, position, stride, size, count), offset))",
-                "            continue",
-                "        if not SIZE <= size <= SIZE + records.padding:",
-                "            raise misfit(size)",
-                "        for first in range(0, count, LINES):",
-                "            number = min(LINES, count - first)",
-                "            unpack = structs[records.prefix, stride, number].unpack_from",
-                "            values = unpack(data, position + first * stride)",
-                *(
-                    f"            {_local(name)} = values[{index}::{width}]"
-                    for index, name in enumerate(self._members)
-                    if name in needed
-                ),
-                f"            fields = [None] * (number * {height})",
-                *(
-                    f"            fields[{index}::{height}] = {column}"
-                    for index, column in enumerate(columns)
-                ),
-                f"            lines.append({form} * number % tuple(fields))",
-                "    return b''.join(lines)",
-            ]
+        return self._tailed_encoder(form, needed) if self._tails else self._fixed_encoder(form, needed)
+
+    def _fixed_encoder(self, form: str, needed: set[str]) -> list[str]:
+        columns = [column for name in self._fields for column in self._json_columns(name)]
+        width, height = len(self._members), len(columns)
+        return [
+            "def encode(records, offset):",
+            "    data = records.data",
+            "    lines = []",
+            "    for position, stride, size, count in records.runs:",
+            "        if SHORTEST <= size < SIZE:",
+            "            lines.append(encode(lengthened(records, position, stride, size, count), offset))",
+            "            continue",
+            "        if not SIZE <= size <= SIZE + records.padding:",
+            "            raise misfit(size)",
+            "        for first in range(0, count, LINES):",
+            "            number = min(LINES, count - first)",
+            "            unpack = structs[records.prefix, stride, number].unpack_from",
+            "            values = unpack(data, position + first * stride)",
+            *(
+                f"            {_local(name)} = values[{index}::{width}]"
+                for index, name in enumerate(self._members)
+                if name in needed
+            ),
+            f"            fields = [None] * (number * {height})",
+            *(f"            fields[{index}::{height}] = {column}" for index, column in enumerate(columns)),
+            f"            lines.append({form} * number % tuple(fields))",
+            "    return b''.join(lines)",
+        ]
+
+    def _tailed_encoder(self, form: str, needed: set[str]) -> list[str]:
         values = ", ".join(value for name in self._fields for value in self._converted(name))
         return [
             "def encode(records, offset):",

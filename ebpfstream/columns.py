@@ -20,7 +20,7 @@ def to_numpy(event_type: type[Any], records: Records) -> numpy.ndarray[Any, Any]
     try:
         import numpy
     except ImportError as error:
-        raise EbpfStreamError("to_numpy() needs numpy: pip install ebpfstream[numpy]") from error
+        raise EbpfStreamError("to_numpy() needs numpy: pip install 'ebpfstream[numpy]'") from error
     plan = layout(event_type)
     for name, kind in plan.kinds.items():
         if isinstance(kind, Tail):
@@ -51,8 +51,7 @@ class Integers:
         parts, end = ["<"], 0
         for name, kind, offset in chosen:
             assert isinstance(kind, Integer), name
-            letter = "BHIQ"[kind.size.bit_length() - 1]
-            parts += (f"{offset - end}x", letter.lower() if kind.signed else letter)
+            parts += (f"{offset - end}x", kind.letter)
             end = offset + kind.size
         self._unpack = Struct("".join(parts)).unpack_from
         stored = [member.name for member in chosen]

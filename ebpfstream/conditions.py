@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ebpfstream.errors import ArgumentError
 from ebpfstream.events import layout
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.names import did_you_mean, near
 
 _FUNCTIONS: Final = ("abs", "all", "any", "bool", "int", "len", "max", "min", "set", "sorted", "str", "sum")
 _EVENT: Final = "_event"

@@ -18,7 +18,7 @@ from anyio.to_thread import run_sync
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import EbpfStreamError, PrivilegeError
 from ebpfstream.forwarding import Forwarding
-from ebpfstream.kernel import bcc, compiler, headers, kprobes
+from ebpfstream.kernel import bcc, compiler, headers, kprobes, privileges
 from ebpfstream.kernel.bpf import Map, MapType, Program, kernel_release, online_cpus
 from ebpfstream.kernel.links import Hook, Kprobe, Link, RawTracepoint, Tracepoint, program_type
 from ebpfstream.kernel.perfbuf import PerfBuffer
@@ -32,11 +32,7 @@ PATIENCE: Final = 10.0
 """Seconds in which a program's execution must have arrived at the sinks."""
 
 _PROGRAM: Final = "int probe(void *ctx) { return 0; }"
-_CAPABILITIES: Final = {
-    "CAP_SYS_ADMIN": 21,
-    "CAP_PERFMON": 38,
-    "CAP_BPF": 39,
-}  # include/uapi/linux/capability.h
+_CAPABILITIES: Final = ("CAP_SYS_ADMIN", "CAP_PERFMON", "CAP_BPF")
 _LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
 _PARANOID: Final = Path("/proc/sys/kernel/perf_event_paranoid")
 
@@ -81,22 +77,15 @@ def _kernel() -> Finding:
 
 
 def _rights() -> Finding:
-    """By making a map: the numbers say only what ought to be possible."""
-    held = int(_status("CapEff") or "0", 16)
-    names = [name for name, bit in _CAPABILITIES.items() if held >> bit & 1]
+    """By making a map: the capabilities say only what ought to be possible."""
+    held = privileges.held()
+    names = [name for name in _CAPABILITIES if name in held]
     who = f"user {os.geteuid()}, {', '.join(names) or 'without capabilities for it'}"
     try:
         Map.create("probe", MapType.ARRAY, key_size=4, value_size=4, max_entries=1).close()
     except EbpfStreamError as error:
         return _missing("rights", error, found=who)
     return Finding("rights", "ok", who)
-
-
-def _status(name: str) -> str:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return line.partition(":")[2].strip()
-    return ""
 
 
 def _lockdown() -> Finding:

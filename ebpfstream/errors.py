@@ -60,7 +60,7 @@ class AttachError(EbpfStreamError):
 
 
 class EventTypeError(EbpfStreamError, TypeError):
-    """An event class whose fields have no layout in C; raised when the class is first used."""
+    """An event class that has no layout in C, or not that of what is to be read; raised when it is first used so."""
 
 
 class MapError(EbpfStreamError):
@@ -99,7 +99,7 @@ class LostError(EbpfStreamError):
 
 
 class StreamBusyError(EbpfStreamError):
-    """The stream is being iterated by somebody else."""
+    """What can be read by one alone is being read by somebody else."""
 
 
 class SinkError(EbpfStreamError):

@@ -32,6 +32,18 @@ class Integer:
     size: int
     signed: bool = False
 
+    @property
+    def limits(self) -> range:
+        """The values that it holds."""
+        bits = 8 * self.size
+        return range(-1 << bits - 1, 1 << bits - 1) if self.signed else range(1 << bits)
+
+    @property
+    def letter(self) -> str:
+        """Struct's letter for it."""
+        letter = "BHIQ"[self.size.bit_length() - 1]
+        return letter.lower() if self.signed else letter
+
 
 @dataclass(frozen=True)
 class Char:
@@ -66,8 +78,7 @@ class Array:
 
     @cached_property
     def _struct(self) -> Struct:
-        letter = "BHIQ"[self.item.size.bit_length() - 1]
-        return Struct(f"<{self.count}{letter.lower() if self.item.signed else letter}")
+        return Struct(f"<{self.count}{self.item.letter}")
 
 
 @dataclass(frozen=True)

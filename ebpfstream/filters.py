@@ -49,7 +49,7 @@ class Filters:
             )
 
     def pack(self) -> bytes:
-        """As the programs read it.  Raises ArgumentError for a cgroup that there is not."""
+        """As the programs read it.  Raises ArgumentError for a cgroup that there is not, or not to be found."""
         criteria = 0
         for bit, value in (
             (_PID, self.pid),
@@ -64,8 +64,7 @@ class Filters:
         cgroup_id = level = 0
         if self.cgroup is not None:
             cgroup_id = cgroups.id_of(self.cgroup)
-            # The root is at level 0 (struct cgroup, include/linux/cgroup-defs.h).
-            level = len([name for name in (cgroups.path_of(cgroup_id) or "").split("/") if name])
+            level = cgroups.level_of(cgroup_id)
         return _LAYOUT.pack(
             criteria,
             self.pid or 0,

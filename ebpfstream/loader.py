@@ -31,12 +31,12 @@ from ebpfstream.kernel.buffers import Buffer
 from ebpfstream.kernel.c_text import probed_tracepoints
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Hook, Link
-from ebpfstream.kernel.maps import TypedMap
-from ebpfstream.kernel.names import did_you_mean, near
 from ebpfstream.kernel.perfbuf import PerfBuffer
 from ebpfstream.kernel.ringbuf import RingBuffer
 from ebpfstream.kernel.tracefs import tracepoint_id
+from ebpfstream.kernel.typedmap import TypedMap
 from ebpfstream.lost import Lost
+from ebpfstream.names import did_you_mean, near
 from ebpfstream.outputs import PROBE, Output, OutputTypes
 from ebpfstream.programs import UserPrograms
 from ebpfstream.snapshots import Snapshots
@@ -69,8 +69,8 @@ class BPF(Hooks):
     `src_file` is the text's file, beside which headers are looked for; `text` is the text itself, and
     headers are looked for in the working directory.  `cflags` are the compiler's.
 
-    Linux ≥ 4.17.  Root, or CAP_BPF and CAP_PERFMON; also CAP_SYS_ADMIN where a kernel before 5.8
-    knows those two not.
+    Linux ≥ 4.17.  Root, or CAP_BPF and CAP_PERFMON; before Linux 5.8, which does not have these two,
+    CAP_SYS_ADMIN.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class BPF(Hooks):
 
     @property
     def maps(self) -> Mapping[str, TypedMap]:
-        """Its maps by name, outputs left out; their keys and values are Python's."""
+        """Its maps by name, those of outputs among them; their keys and values are Python's."""
         module = self._opened()
         for name in module.maps:
             if name not in self._typed and not name.startswith(PROBE):
@@ -315,8 +315,9 @@ class BPF(Hooks):
     def trace(self) -> TraceStream:
         """What programs print with bpf_trace_printk(), as a stream of TraceLine and Lost.
 
-        The kernel has one pipe for all programs of the machine, and one reader of it at a time:
-        StreamBusyError at the first iteration if there is another one.
+        The kernel has one pipe for all programs of the machine, and one reader of it at a time.  The first
+        iteration raises StreamBusyError if there is another one, PrivilegeError and UnsupportedError if the pipe
+        cannot be read, and what `attach` raises.
         """
         self._opened()
         lines = TraceStream(self.attach)
@@ -332,6 +333,9 @@ class BPF(Hooks):
         read out of the map, which is exact for values that programs put there whole, and for queues; a
         program that is adding to a counter just then loses that addition.  Numbers that each CPU has one
         of are added up, unless `per_cpu` asks for all of them.
+
+        Raises ArgumentError for a map that there is not, or `every` that is not more than 0; MapError for a map
+        that cannot be read so.
         """
         snapshots = Snapshots(self.maps[name], every, drain=drain, per_cpu=per_cpu, on_start=self.attach)
         self._streams.add(snapshots)
@@ -340,7 +344,11 @@ class BPF(Hooks):
     # --- programs
 
     def attach(self) -> None:
-        """Attach the programs that attach themselves by their names.  Again it does nothing."""
+        """Attach the programs that attach themselves by their names.  Again it does nothing.
+
+        Raises AttachError, LoadError for a program that the kernel refuses, PrivilegeError; nothing stays attached
+        then.
+        """
         self._opened()
         with self._attaching:
             if self._own_attached:

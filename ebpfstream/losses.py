@@ -23,7 +23,9 @@ class Gaps:
     def __init__(self, event_type: type[Any]) -> None:
         plan = layout(event_type)
         members = [member for member in plan.members if member.name in _MEMBERS]
-        assert len(members) == len(_MEMBERS), "a ready-made event has all three"
+        assert len(members) == len(_MEMBERS), (
+            f"a ready-made event has {', '.join(_MEMBERS)}: stamp() writes them"
+        )
         self._order = [[member.name for member in members].index(name) for name in _MEMBERS]
         self._size = plan.size
         self._structs = RecordStructs(Layout(plan.kinds, plan.types, members, plan.size))

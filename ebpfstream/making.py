@@ -17,7 +17,7 @@ E = TypeVar("E", bound=Event)
 _PREFIX: Final = 8  # the ring buffer's header, which nobody reads any more
 
 
-def make_batch(
+def batch_of(
     event_type: type[E], events: Iterable[E], lost: Iterable[Lost] = (), wall_clock_offset: int = 0
 ) -> EventBatch[E]:
     """A batch as it comes out of a stream, of these events, and with these losses.

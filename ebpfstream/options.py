@@ -1,4 +1,4 @@
-"""Options given as text, by an address or a command line, as the values that parameters take."""
+"""Options given as text, by an address or a command line, as the values that parameters take; and choices checked."""
 
 from __future__ import annotations
 
@@ -62,6 +62,14 @@ def parse(text: str, hint: Any) -> Any:
         except (ValueError, TypeError, ArithmeticError):
             continue
     raise ArgumentError(f"{text!r} is not {describe(hint)}")
+
+
+def check_choice(name: str, value: object, hint: Any) -> None:
+    """Raise ArgumentError for a parameter that is none of the values of its Literal."""
+    choices = get_args(hint)
+    if value not in choices:
+        *others, last = (f'"{choice}"' for choice in choices)
+        raise ArgumentError(f"{name}={value!r} is unknown: give {', '.join(others)} or {last}")
 
 
 def describe(hint: Any) -> str:

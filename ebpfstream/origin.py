@@ -22,10 +22,10 @@ class Origin(NamedTuple):
     @classmethod
     def new(cls) -> Self:
         """That of a stream which is opened here and now."""
-        return cls(socket.gethostname(), boot_id(), os.urandom(8).hex())
+        return cls(socket.gethostname(), _boot_id(), os.urandom(8).hex())
 
 
 @cache
-def boot_id() -> str:
+def _boot_id() -> str:
     """The identifier of the time since this machine was booted."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

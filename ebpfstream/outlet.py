@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import deque
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
@@ -20,19 +19,13 @@ from ebpfstream.dead_letters import DeadLetters
 from ebpfstream.errors import DecodeError, SinkRejectedError, SinkUnavailableError
 from ebpfstream.sink import Sink
 from ebpfstream.statistics import SinkStatistics
+from ebpfstream.waiting import BackOff
 
+# Seconds between two offers of the same batch: see BackOff.
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 10.0
-# Seconds between two offers of the same batch; doubled each time, less a random part, so that many
-# hosts do not come back to one server in step.
 
 _log = logging.getLogger("ebpfstream")
-
-
-async def _back_off(delay: float) -> float:
-    """Wait before the same is offered again; how long to wait next time."""
-    await anyio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311  # no secret depends on it
-    return min(2 * delay, _LONGEST_DELAY)
 
 
 class Outlet:
@@ -50,6 +43,7 @@ class Outlet:
         self._sent_ahead = Signal()
         self._collected = Signal()
         self._sending: CancelScope | None = None
+        self._back_off = BackOff(_FIRST_DELAY, _LONGEST_DELAY)  # of the task that sends
         self._error: Exception | None = None
         self._dead = self._to_reopen = self._away = False
         self._flush_at = inf
@@ -107,9 +101,9 @@ class Outlet:
                     await self._send(waiting)
                 while self._receipts:
                     await self._collected.wait()
-                delay = _FIRST_DELAY
+                self._back_off.reset()
                 while not await self._flushed():
-                    delay = await _back_off(delay)
+                    await self._back_off.pause()
             if self._error is not None:
                 raise self._error
         finally:
@@ -118,7 +112,7 @@ class Outlet:
 
     async def _next(self) -> Waiting | None:
         """Wait for a batch, and meanwhile reopen and flush when it is time; None when none will come."""
-        delay = _FIRST_DELAY
+        self._back_off.reset()
         while True:
             if self._to_reopen:
                 self._to_reopen = not await self._reopened()
@@ -128,7 +122,7 @@ class Outlet:
                 waiting = await self._backlog.get()
             except SinkUnavailableError as error:
                 self._note_away(error)
-                delay = await _back_off(delay)
+                await self._back_off.pause()
                 continue
             if waiting is not None or self._backlog.is_exhausted:
                 return waiting
@@ -148,7 +142,8 @@ class Outlet:
 
     async def _offered(self, waiting: Waiting) -> Awaitable[None] | None:
         """What to await until it has arrived; None if it has, or never will."""
-        began, delay = anyio.current_time(), _FIRST_DELAY
+        began = anyio.current_time()
+        self._back_off.reset()
         while True:
             try:
                 receipt = await self.sink.send(waiting.batch)
@@ -159,7 +154,9 @@ class Outlet:
                 if anyio.current_time() - began >= self.sink.retry_for:
                     await self._fail(waiting, waiting.batch, str(error))
                     return None
-                delay = await _back_off(_FIRST_DELAY if error.taken else delay)
+                if error.taken:
+                    self._back_off.reset()
+                await self._back_off.pause()
             except SinkRejectedError as error:
                 await self._rejected(waiting, error)
                 return None

@@ -184,10 +184,9 @@ def _same(expected: str, of: type[Any], test: str, limits: range | None = None) 
 
 
 def _integer(kind: Integer) -> _Value:
-    bits = kind.size * 8
-    least, most = (-1 << bits - 1, (1 << bits - 1) - 1) if kind.signed else (0, (1 << bits) - 1)
+    least, most = kind.limits[0], kind.limits[-1]
     test = f"type({{0}}) is int and {least} <= {{0}} <= {most}"
-    return _same(f"an integer from {least} to {most}", int, test, range(least, most + 1))
+    return _same(f"an integer from {least} to {most}", int, test, kind.limits)
 
 
 def _float(data: Any) -> float:

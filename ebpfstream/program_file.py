@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any, Final
 
 from ebpfstream.errors import ArgumentError
-from ebpfstream.kernel.names import did_you_mean, near
 from ebpfstream.loader import BPF
+from ebpfstream.names import did_you_mean, near
 from ebpfstream.stream import LATENCY, EventStream
 
 _Attach = Callable[[BPF, str, str], object]

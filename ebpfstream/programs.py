@@ -11,7 +11,7 @@ from ebpfstream.kernel import compiler
 from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, map_numbers
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Hook, Link, program_type
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.names import did_you_mean, near
 
 
 class UserPrograms:

@@ -71,7 +71,7 @@ Overload = Literal["lose", "sample"] | Sampling
 """What becomes of events while the buffer is filling up."""
 
 
-def sampling_of(overload: Overload) -> Sampling | None:
+def _sampling_of(overload: Overload) -> Sampling | None:
     """The sampling that is meant.  Raises ArgumentError."""
     if overload == "lose":
         return None
@@ -324,7 +324,7 @@ class ReadyMade(Programs):
             raise ArgumentError(f"max_delay={max_delay!r} is impossible: give seconds, 0 or more")
         self._event_type = event_type
         self._wanted = (buffer, buffer_size, max_delay)
-        self._sampling = sampling_of(overload)
+        self._sampling = _sampling_of(overload)
         self._opened: Buffer | None = None
         self._gaps: Gaps | None = None
 

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 from ebpfstream.batch import EventBatch
+from ebpfstream.codec import shortest
 from ebpfstream.errors import ArgumentError
 from ebpfstream.events import LENGTH_SUFFIX, Char, Tail, layout
 from ebpfstream.records import Records, Run, add_records
@@ -75,9 +76,8 @@ class _Texts(NamedTuple):
     size: int
     shortest: int
     chars: list[tuple[int, int]]  # offset, size
-    tails: list[
-        tuple[int, bool, bool]
-    ]  # offset of its length; whether it is text; whether it is several strings
+    # Offset of its length; whether it is text; whether it is several strings.
+    tails: list[tuple[int, bool, bool]]
 
 
 class Redaction:
@@ -178,11 +178,9 @@ def _holding(data: bytes, word: bytes, starts: list[int]) -> Iterator[int]:
 def _texts(event_type: type[Any]) -> _Texts:
     plan = layout(event_type)
     offsets = {member.name: member.offset for member in plan.members}
-    last = plan.members[-1]
     return _Texts(
         plan.size,
-        # Text at the end may be as long as it is filled.
-        last.offset if isinstance(last.kind, Char) and plan.types.get(last.name) is str else plan.size,
+        shortest(event_type, plan),
         [
             (offset, kind.size)
             for name, kind, offset in plan.members

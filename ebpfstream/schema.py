@@ -95,9 +95,7 @@ def _field(kind: Kind, type: Any) -> dict[str, Any]:
 
 
 def _integer(kind: Integer) -> dict[str, Any]:
-    bits = kind.size * 8
-    least, most = (-1 << bits - 1, (1 << bits - 1) - 1) if kind.signed else (0, (1 << bits) - 1)
-    return {"type": "integer", "minimum": least, "maximum": most}
+    return {"type": "integer", "minimum": kind.limits[0], "maximum": kind.limits[-1]}
 
 
 def _value(type: Any) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from importlib.metadata import EntryPoint, entry_points
 from math import inf
 from types import TracebackType
-from typing import Any, ClassVar, Final, Literal, Self, TypedDict, get_args
+from typing import Any, ClassVar, Final, Literal, Self, TypedDict
 
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import ArgumentError
-from ebpfstream.options import Seconds, Size
+from ebpfstream.names import did_you_mean, near
+from ebpfstream.options import Seconds, Size, check_choice
 from ebpfstream.sink_url import SinkURL
 
 ENTRY_POINTS: Final = "ebpfstream.sinks"
@@ -86,7 +86,7 @@ class Sink(ABC):
     """
 
     name: str = ""
-    """What it is called in statistics and messages; by default its class's name."""
+    """What it is called in statistics and messages, before what errors say; by default its class's name."""
     flush_every: float | None = None
     """Seconds after which what has been sent is flushed though more may come; None: only at the end."""
     when_full: WhenFull = "block"
@@ -112,10 +112,7 @@ class Sink(ABC):
         spool_size: Size = spool_size,
         spool_fsync: Literal["never", "batch"] | Seconds = spool_fsync,
     ) -> None:
-        if when_full not in get_args(WhenFull):
-            raise ArgumentError(
-                f"when_full={when_full!r} is unknown: give {', '.join(map(repr, get_args(WhenFull)))}"
-            )
+        check_choice("when_full", when_full, WhenFull)
         if queue_size < 1:
             raise ArgumentError(f"queue_size={queue_size} is impossible: give bytes, 1 or more")
         if not retry_for >= 0:
@@ -202,15 +199,15 @@ def open_sink(address: str, /, **options: object) -> Sink:
     return _load(offers[0]).from_url(url)
 
 
-def sink_schemes() -> list[str]:
+def _sink_schemes() -> list[str]:
     """The schemes of all sinks that are installed."""
     return sorted({offer.name for offer in entry_points(group=ENTRY_POINTS)})
 
 
 def _what_there_is(scheme: str) -> str:
-    schemes = sink_schemes()
-    if near := difflib.get_close_matches(scheme, schemes, 1):
-        return f"; did you mean {near[0]}: ?"
+    schemes = _sink_schemes()
+    if hint := did_you_mean(f"{name}:" for name in near(scheme, schemes)):
+        return hint
     if schemes:
         return f"; there are {', '.join(f'{name}:' for name in schemes)}"
     return ": sinks are found once ebpfstream is installed (pip install .)"

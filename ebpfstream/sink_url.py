@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ebpfstream import options
 from ebpfstream.errors import ArgumentError
+from ebpfstream.names import did_you_mean, near
 
 
 class OptionError(ArgumentError):
@@ -132,7 +132,7 @@ def _parameters(function: Callable[..., Any], without: list[str]) -> dict[str, A
 
 
 def _what_there_is(name: str, hints: dict[str, Any]) -> str:
-    if near := difflib.get_close_matches(name, hints, 1):
-        return f"; did you mean {near[0]!r}?"
+    if hint := did_you_mean(map(repr, near(name, hints))):
+        return hint
     listed = ", ".join(f"{name} ({options.describe(hint)})" for name, hint in hints.items())
     return f"; there are: {listed}" if listed else "; it takes none"

@@ -10,7 +10,7 @@ from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 
 from ebpfstream.errors import ArgumentError
-from ebpfstream.kernel.mapvalues import Snapshot as Snapshot
+from ebpfstream.kernel.mapvalues import Snapshot
 from ebpfstream.kernel.typedmap import TypedMap
 from ebpfstream.turns import Stream, in_thread
 
@@ -53,7 +53,8 @@ class Snapshots(Stream):
 
     `on_start` is called, in a thread, before time begins to count.
 
-    One task at a time may iterate.  Works on asyncio (uvloop too) and trio.
+    One task at a time may iterate.  Closing leaves the map as it is.  Works on asyncio (uvloop too) and trio.
+    Linux ≥ 4.17.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from math import inf
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, Unpack
 
+from ebpfstream.catalogue import EVENT_TYPES, AnyEvent
 from ebpfstream.completeness import Completeness
 from ebpfstream.errors import ArgumentError, DecodeError
 from ebpfstream.events import Event
@@ -18,8 +19,6 @@ from ebpfstream.parsing import parser
 from ebpfstream.sinks.kafka_client import Login, Security, bootstrap_servers
 from ebpfstream.sinks.kafka_consumer import Member
 from ebpfstream.sinks.kafka_records import schema_header
-from ebpfstream.tracers.execve import ExecEvent
-from ebpfstream.tracers.syscalls import SyscallEvent
 from ebpfstream.turns import Stream
 
 E = TypeVar("E", bound=Event)
@@ -54,7 +53,7 @@ class KafkaSource(Stream, Generic[Y_co]):
     `completeness()` says what has come of every stream, and what is missing; losses are counted there, and with
     `on_lost="yield"` they come among the events.
 
-    `types` are those that the topic's events may have, by default ExecEvent and SyscallEvent; a record without a
+    `types` are those that the topic's events may have, by default those of all ready-made streams; a record without a
     schema, as of another program, is read as the only type that there is.  What does not fit raises DecodeError, and
     the next call goes on after it.
 
@@ -66,7 +65,7 @@ class KafkaSource(Stream, Generic[Y_co]):
 
     @typing.overload
     def __init__(
-        self: KafkaSource[ExecEvent | SyscallEvent],
+        self: KafkaSource[AnyEvent],
         servers: str,
         topic: str,
         *,
@@ -76,7 +75,7 @@ class KafkaSource(Stream, Generic[Y_co]):
     ) -> None: ...
     @typing.overload
     def __init__(
-        self: KafkaSource[ExecEvent | SyscallEvent | Lost],
+        self: KafkaSource[AnyEvent | Lost],
         servers: str,
         topic: str,
         *,
@@ -112,7 +111,7 @@ class KafkaSource(Stream, Generic[Y_co]):
         topic: str,
         *,
         group: str,
-        types: Sequence[type[Event]] = (ExecEvent, SyscallEvent),
+        types: Sequence[type[Event]] = tuple(EVENT_TYPES.values()),
         on_lost: Literal["count", "yield"] = "count",
         start: Literal["earliest", "latest"] = "earliest",
         commit_every: float = 1.0,

@@ -322,9 +322,8 @@ class Spool:
 
     def _acknowledge(self, end: Position) -> None:
         self.count -= end.read - self._acknowledged.read
-        self._acknowledged = (
-            self._at if end >= self._handed else end
-        )  # what is behind it is damaged or dropped
+        # What is behind the last one handed out is damaged or dropped.
+        self._acknowledged = self._at if end >= self._handed else end
         try:
             self._write_position()
         finally:

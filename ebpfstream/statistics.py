@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+INCOMPLETE: Final = 3
+"""The exit status of a program that could not deliver all."""
 
 
 def counted(*counts: tuple[int | None, str]) -> str:

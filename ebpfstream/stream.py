@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from operator import length_hint
 from time import monotonic
-from typing import Final, Generic, Literal, Protocol, Self, cast, get_args
+from typing import Final, Generic, Literal, Protocol, Self, cast
 
 from anyio.lowlevel import checkpoint
 from anyio.to_thread import run_sync
@@ -18,6 +18,7 @@ from ebpfstream.filters import Filters
 from ebpfstream.kernel.bpf import MapType, wait_for_running_programs
 from ebpfstream.kernel.buffers import Buffer
 from ebpfstream.lost import Lost
+from ebpfstream.options import check_choice
 from ebpfstream.origin import Origin
 from ebpfstream.readymade import Counters
 from ebpfstream.records import Records
@@ -79,9 +80,10 @@ class EventStream(Stream, Generic[E_co]):
             async for event in events:
                 ...
 
-    Entering the block attaches to the kernel; leaving it detaches, and what has been counted stays in `statistics()`.
-    Without the block the first iteration attaches, and dropping the last reference detaches: at once, but without the
-    final count.
+    Entering the block attaches to the kernel.  Leaving it, or `aclose()`, detaches, counts what is left in the buffer
+    as unread, reads the final counters, and frees everything; what has been counted stays in `statistics()`.  Without
+    the block the first iteration attaches, and dropping the last reference detaches: at once, but without the final
+    count.
 
     One task at a time may iterate.  A stream that is left by `break` goes on where it was when it is iterated again.
     Nothing is read ahead beyond one batch: while nobody asks, events wait in the kernel's buffer, and when that is full
@@ -104,8 +106,7 @@ class EventStream(Stream, Generic[E_co]):
     ) -> None:
         if not latency >= 0:
             raise ArgumentError(f"latency={latency!r} is impossible: give seconds, 0 or more")
-        if on_lost not in get_args(OnLost):
-            raise ArgumentError(f'on_lost={on_lost!r} is unknown: give "count", "yield" or "raise"')
+        check_choice("on_lost", on_lost, OnLost)
         super().__init__("event")
         self._source = source
         self._event_type = event_type
@@ -137,7 +138,8 @@ class EventStream(Stream, Generic[E_co]):
         """The next event.
 
         Raises DecodeError for a record that the type does not fit, and LostError if that was asked for (the next call
-        goes on after either), StreamClosedError, StreamBusyError; at the first call all that opening may raise.
+        goes on after either), StreamClosedError, StreamBusyError, CorruptBufferError; at the first call all that
+        opening may raise.
         """
         for event in self._chunk:
             return event
@@ -167,12 +169,16 @@ class EventStream(Stream, Generic[E_co]):
     def batches(self) -> Batches[E_co]:
         """The same stream a batch at a time: cheaper by far, above all with `to_json_lines()`.
 
-        Goes on where the iteration of events stopped, and the other way round.
+        Goes on where the iteration of events stopped, and the other way round.  Iterating raises what `next_batch`
+        raises.
         """
         return Batches(self)
 
     async def next_batch(self, most: int | None = None) -> EventBatch[E_co] | None:
-        """What `batches()` yields, or None at the end; not more than `most` events."""
+        """What `batches()` yields, or None at the end; not more than `most` events.
+
+        Raises what iterating events raises, but no DecodeError: nothing is decoded yet.
+        """
         batch = await self._next_batch() if (rest := self._rest_in_hand()) is None else rest
         if batch is None:
             return None
@@ -363,14 +369,6 @@ class EventStream(Stream, Generic[E_co]):
             self._source.detach()
             self._turn.interrupt()
 
-    async def aclose(self) -> None:
-        """Detach, count what is left in the buffer as unread, read the final counters, and free everything.
-
-        A task that waits for the next event gets StreamClosedError.  Raises that itself when the stream was closed
-        before; leaving the `async with` block never does.
-        """
-        await super().aclose()
-
     async def _free(self) -> None:
         self._detached = True
         try:
@@ -401,7 +399,7 @@ class EventStream(Stream, Generic[E_co]):
 
 
 class Batches(Generic[E_co]):
-    """A stream's events a batch at a time, as an asynchronous iterator."""
+    """A stream's events a batch at a time, as an asynchronous iterator: see `EventStream.batches`."""
 
     def __init__(self, stream: EventStream[E_co]) -> None:
         self._stream = stream
@@ -410,6 +408,7 @@ class Batches(Generic[E_co]):
         return self
 
     async def __anext__(self) -> EventBatch[E_co]:
+        """The next batch.  Raises what `EventStream.next_batch` raises."""
         batch = await self._stream.next_batch()
         if batch is None:
             raise StopAsyncIteration

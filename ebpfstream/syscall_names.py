@@ -9,7 +9,7 @@ from typing import Final
 
 from ebpfstream.errors import ArgumentError, EbpfStreamError, UnsupportedError
 from ebpfstream.kernel import tracefs
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.names import did_you_mean, near
 
 MOST_ARGUMENTS: Final = 6
 

@@ -18,12 +18,12 @@ from ebpfstream.batch import EventBatch, wall_clock_offset
 from ebpfstream.events import U32, U64, Char, Comm, Embedded, Event, Tail, WallClock
 from ebpfstream.kernel.tracepipe import ENTRIES_AT_ONCE, TraceLine, TracePipe, parse
 from ebpfstream.lost import Lost
-from ebpfstream.making import make_batch
+from ebpfstream.making import batch_of
 from ebpfstream.statistics import Statistics
 from ebpfstream.turns import Stream, in_thread
 
 _DOUBLE: Final = struct.Struct("<d")
-_PAUSE: Final = 0.01
+_PAUSE: Final = 0.01  # seconds, after a wakeup for nothing
 
 
 def _double(data: bytes) -> float:
@@ -79,7 +79,7 @@ class TraceStream(Stream):
 
     `forward` takes it as it is: sinks are given TraceEvents.
 
-    Works on asyncio (uvloop too) and trio.
+    Works on asyncio (uvloop too) and trio.  Linux ≥ 4.17.
     """
 
     event_type = TraceEvent
@@ -125,7 +125,7 @@ class TraceStream(Stream):
         self._delivered += len(lines)
         now = monotonic_ns()
         events = [TraceEvent.of(line, now) for line in lines]
-        return make_batch(TraceEvent, events, lost, wall_clock_offset())
+        return batch_of(TraceEvent, events, lost, wall_clock_offset())
 
     async def _more(self) -> bool:
         """Wait for lines; False if none will come."""

@@ -1,4 +1,4 @@
-"""Who may wait for what an iterator yields next, until it is closed; and what nobody may cut short."""
+"""What all streams share: who may wait for what comes next, until it is closed; and what nobody may cut short."""
 
 from __future__ import annotations
 
@@ -126,7 +126,10 @@ class Turn:
 
 
 class Stream(ABC):
-    """Entered, iterated by one task at a time, and closed to the end, whatever cancels that."""
+    """Entered, iterated by one task at a time, and closed to the end, whatever cancels that.
+
+    A subclass writes `_open`, `_free` and `__anext__`, which takes its turn.
+    """
 
     def __init__(self, what: str) -> None:
         self._turn = Turn(what)

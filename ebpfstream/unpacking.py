@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import Final
 
 from ebpfstream.events import Integer, Layout
-
-_FORMATS: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 def struct_format(plan: Layout) -> str:
@@ -17,8 +14,7 @@ def struct_format(plan: Layout) -> str:
     for member in plan.members:
         parts.append(f"{member.offset - position}x")
         if isinstance(member.kind, Integer):
-            letter = _FORMATS[member.kind.size]
-            parts.append(letter.lower() if member.kind.signed else letter)
+            parts.append(member.kind.letter)
         else:
             parts.append(f"{member.kind.size}s")
         position = member.offset + member.kind.size

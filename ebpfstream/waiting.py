@@ -1,8 +1,9 @@
-"""Waiting for time and for descriptors, at as little cost to the event loop as can be."""
+"""Waiting for descriptors, at as little cost to the event loop as can be; pauses between attempts; which loop it is."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import Final
 
@@ -25,6 +26,23 @@ def end(wait: asyncio.Future[None]) -> None:
     """Let who waits for it go on."""
     if not wait.done():
         wait.set_result(None)
+
+
+class BackOff:
+    """Pauses between attempts: each twice the last, less a random part, so that many hosts do not come back in step."""
+
+    def __init__(self, first: float, longest: float) -> None:
+        self._first, self._longest = first, longest
+        self._next = first
+
+    def reset(self) -> None:
+        """Let the next pause be the first again."""
+        self._next = self._first
+
+    async def pause(self) -> None:
+        """Wait before the next attempt."""
+        await anyio.sleep(self._next * random.uniform(0.5, 1))  # noqa: S311  # no secret depends on it
+        self._next = min(2 * self._next, self._longest)
 
 
 async def readable(fd: int, look: Callable[[], object] | None = None) -> None:

@@ -15,6 +15,7 @@ from unittest import mock
 from ebpfstream import codec, descriptions, text
 from ebpfstream.batch import EventBatch
 from ebpfstream.c_types import FLOATS, NUMBERS, CType, Record
+from ebpfstream.catalogue import EVENT_TYPES
 from ebpfstream.errors import ArgumentError, DecodeError, EventTypeError
 from ebpfstream.events import (
     I8,
@@ -42,8 +43,6 @@ from ebpfstream.events import (
 )
 from ebpfstream.kernel import cgroups
 from ebpfstream.records import Records, Run
-from ebpfstream.tracers.execve import ExecEvent
-from ebpfstream.tracers.syscalls import SyscallEvent
 
 _OFFSET: Final = 1_700_000_000_123_456_789  # of the wall clock
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -152,7 +151,7 @@ _ENDS_WITH_TEXT: Final = [
 ]
 TYPES: Final[list[type[Event]]] = [
     *(Fixed, Tailed, Frozen, _derived(_DERIVED), _derived(_ENDS_WITH_TEXT)),
-    *(ExecEvent, SyscallEvent),
+    *EVENT_TYPES.values(),
 ]
 
 
@@ -228,7 +227,7 @@ def _as_json(value: Any) -> Any:
 def check(event_type: type[Event], records: Records, samples: list[bytes]) -> None:
     """Decode and encode; the samples are those of the records."""
     plan = layout(event_type)
-    shortest = codec._shortest(event_type, plan)
+    shortest = codec.shortest(event_type, plan)
     whole = [sample.ljust(plan.size, b"\0") if shortest <= len(sample) else sample for sample in samples]
     expected = [_expected(plan, sample, records.padding) for sample in whole]
     batch: EventBatch[Event] = EventBatch(event_type, records, _OFFSET)

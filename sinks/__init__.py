@@ -1,1 +1,1 @@
-"""Where events go: a file each, which imports the contract and public names alone."""
+"""Where events go: a file each, which imports the contract, and else what SINKS_SEE in tests/test_house.py names."""

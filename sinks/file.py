@@ -16,7 +16,7 @@ import anyio
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import ArgumentError, SinkError, SinkUnavailableError
 from ebpfstream.opening import Opened, create, is_there, message, open_whole, sync_folder
-from ebpfstream.options import Seconds, Size
+from ebpfstream.options import Seconds, Size, check_choice
 from ebpfstream.sink import CLOSING, Delivery, Sink
 from ebpfstream.sink_url import SinkURL
 from ebpfstream.sinks.rotation import (
@@ -73,29 +73,8 @@ class FileSink(Sink):
     ) -> None:
         super().__init__(**delivery)
         text = os.fspath(path)
-        if not text or "\0" in text or text.endswith("/"):
-            raise ArgumentError(f"path={text!r} is impossible: give a file's name")
-        if rotate is not None and rotate < 1:
-            raise ArgumentError(f"rotate={rotate} is impossible: give bytes, 1 or more")
-        if every is not None and not 1 <= every < inf:
-            raise ArgumentError(f"every={every} is impossible: give seconds, 1 or more")
-        if keep is not None and keep < 1:
-            raise ArgumentError(f"keep={keep} is impossible: give a number of rotated files, 1 or more")
-        for name, value in (("keep", keep), ("compress", compress)):
-            if value is not None and rotate is None and every is None:
-                raise ArgumentError(
-                    f"{name}={value!r} is about rotated files: give rotate= or every= as well"
-                )
-        if compress not in (None, "gzip", "zstd"):
-            raise ArgumentError(f'compress={compress!r} is unknown: give "gzip" or "zstd"')
-        if compress == "zstd":
-            _find_zstandard()
-        if fsync not in ("never", "batch") and not (isinstance(fsync, int | float) and 0 < fsync < inf):
-            raise ArgumentError(
-                f'fsync={fsync!r} is impossible: give "never", "batch", or seconds, more than 0'
-            )
-        if not 0 <= mode <= 0o777:
-            raise ArgumentError(f"mode={mode:#o} is impossible: give 0o600 or the like")
+        _check(text, fsync, mode)
+        _check_rotating(rotate, every, keep, compress)
         self.name = f"file:{text}"
         self.flush_every = None if isinstance(fsync, str) else fsync
         self._compressor = Compressor(compress) if compress else None
@@ -157,6 +136,35 @@ async def _ended(compressor: Compressor, within: float) -> None:
     with anyio.move_on_after(within):
         while compressor.working:  # noqa: ASYNC110  # a thread cannot be awaited, but it ends once
             await anyio.sleep(0.005)
+
+
+def _check(path: str, fsync: str | float, mode: int) -> None:
+    """Raises ArgumentError."""
+    if not path or "\0" in path or path.endswith("/"):
+        raise ArgumentError(f"path={path!r} is impossible: give a file's name")
+    if fsync not in ("never", "batch") and not (isinstance(fsync, int | float) and 0 < fsync < inf):
+        raise ArgumentError(f'fsync={fsync!r} is impossible: give "never", "batch", or seconds, more than 0')
+    if not 0 <= mode <= 0o777:
+        raise ArgumentError(f"mode={mode:#o} is impossible: give 0o600 or the like")
+
+
+def _check_rotating(
+    rotate: int | None, every: float | None, keep: int | None, compress: Compression | None
+) -> None:
+    """Raises ArgumentError."""
+    if rotate is not None and rotate < 1:
+        raise ArgumentError(f"rotate={rotate} is impossible: give bytes, 1 or more")
+    if every is not None and not 1 <= every < inf:
+        raise ArgumentError(f"every={every} is impossible: give seconds, 1 or more")
+    if keep is not None and keep < 1:
+        raise ArgumentError(f"keep={keep} is impossible: give a number of rotated files, 1 or more")
+    for name, value in (("keep", keep), ("compress", compress)):
+        if value is not None and rotate is None and every is None:
+            raise ArgumentError(f"{name}={value!r} is about rotated files: give rotate= or every= as well")
+    if compress is not None:
+        check_choice("compress", compress, Compression)
+    if compress == "zstd":
+        _find_zstandard()
 
 
 def _find_zstandard() -> None:

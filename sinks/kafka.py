@@ -10,18 +10,24 @@ from typing import Any, Final, Literal, Self, Unpack
 from ebpfstream import text
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import ArgumentError, SinkError, SinkUnavailableError
-from ebpfstream.options import Seconds, Size
+from ebpfstream.options import Seconds, Size, check_choice
 from ebpfstream.sink import CLOSING, Delivery, Sink
 from ebpfstream.sink_url import SinkURL
 from ebpfstream.sinks import kafka_client
-from ebpfstream.sinks.kafka_client import Compression, Mechanism, Security, bootstrap_servers
+from ebpfstream.sinks.kafka_client import Compression, Login, Security, bootstrap_servers
 from ebpfstream.sinks.kafka_producer import Sending
 from ebpfstream.sinks.kafka_records import DEFAULT_KEY, Shape, check_key
 from ebpfstream.turns import to_the_end
 
+Acks = Literal["all", "1"]
+
 _PATIENCE: Final = 5.0  # seconds that opening waits for a broker, before it goes on without one
 _MOMENT: Final = 1.0  # seconds that a batch waits, before the queue has to
 _FOR_ARRIVING: Final = 0.7  # of the time for closing; the rest is for disconnecting
+
+
+class KafkaOptions(Login, Delivery, total=False):
+    """What KafkaSink takes as well: how a broker is spoken to, and what every sink takes."""
 
 
 class KafkaSink(Sink):
@@ -38,10 +44,14 @@ class KafkaSink(Sink):
     schema, host, boot, stream, sequence.  All together name the event, so that it is known if it comes twice.  Losses
     are records of their own, `{"lost": …}` with the schema "lost", whose key is the host.
 
-    **At least once.**  While Kafka is away everything is kept, about `in_flight` bytes here and the rest in the
-    queue (see `when_full` and `durable`), and sent in order when it is back.  What was not acknowledged then may arrive
-    twice.  With `acks="1"` the leader alone acknowledges: what it did not pass on before it failed is lost.  Kafka
-    itself writes to the disk later; a topic with replicas survives the loss of a machine.
+    Records go to a partition in batches of about `batch_size` bytes, each compressed then ("zstd", "snappy", "gzip",
+    "lz4", "none").  About `in_flight` bytes of records may be on their way; the rest is in the queue.
+
+    **At least once.**  While Kafka is away everything is kept (see `when_full` and `durable`), and sent in order when
+    it is back.  What was not acknowledged then may arrive twice.  A request that is not answered in `request_timeout`
+    seconds counts as failed.  With `acks="all"` all replicas that are in step have a record when it is acknowledged;
+    with "1" the leader alone: what it did not pass on before it failed is lost.  Kafka itself writes to the disk later;
+    a topic with replicas survives the loss of a machine.
 
     A record that is too large for the topic, or too old, is rejected, and the others of its batch arrive.
 
@@ -64,37 +74,27 @@ class KafkaSink(Sink):
         topic: str,
         *,
         key: str | None = DEFAULT_KEY,
-        acks: Literal["all", "1"] = "all",
+        acks: Acks = "all",
         compression: Compression = "zstd",
         batch_size: Size = 1 << 18,
         in_flight: Size = 4 << 20,
         request_timeout: Seconds = 15.0,
-        tls: bool = False,
-        ca: str | None = None,
-        certificate: str | None = None,
-        private_key: str | None = None,
-        sasl: Mechanism | None = None,
-        username: str | None = None,
-        password: str | None = None,
-        password_file: str | None = None,
-        **delivery: Unpack[Delivery],
+        **options: Unpack[KafkaOptions],
     ) -> None:
-        super().__init__(**delivery)
+        given: dict[str, Any] = {**options}
+        login = {name: given.pop(name) for name in Security._fields if name in given}
+        super().__init__(**given)
         self._servers = bootstrap_servers(servers)
         _check_topic(topic)
         check_key(key)
-        if acks not in ("all", "1"):
-            raise ArgumentError(f'acks={acks!r} is unknown: give "all" or "1"')
-        if compression not in ("zstd", "snappy", "gzip", "lz4", "none"):
-            raise ArgumentError(
-                f"compression={compression!r} is unknown: give zstd, snappy, gzip, lz4 or none"
-            )
+        check_choice("acks", acks, Acks)
+        check_choice("compression", compression, Compression)
         for name, size in (("batch_size", batch_size), ("in_flight", in_flight)):
             if size < 1:
                 raise ArgumentError(f"{name}={size} is impossible: give bytes, 1 or more")
         if not 0 < request_timeout < inf:
             raise ArgumentError(f"request_timeout={request_timeout} is impossible: give seconds, more than 0")
-        self._security = Security(tls, ca, certificate, private_key, sasl, username, password, password_file)
+        self._security = Security(**login)
         self._security.check()
         self.name = f"kafka://{','.join(self._servers)}/{topic}"
         self._topic = topic

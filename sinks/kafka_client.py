@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, TypedDict
 
 try:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, errors
@@ -22,8 +22,10 @@ except ImportError as error:
     raise ImportError(f"Kafka needs aiokafka ({error}): pip install 'ebpfstream[kafka]'") from error
 
 from ebpfstream.errors import ArgumentError, SinkError
+from ebpfstream.options import check_choice
 from ebpfstream.sinks import kafka_records
 from ebpfstream.turns import to_the_end
+from ebpfstream.waiting import is_asyncio
 
 # Where nobody has set up logging, Python would print what aiokafka says of each attempt.
 logging.getLogger("aiokafka").addHandler(logging.NullHandler())
@@ -83,8 +85,29 @@ _MANY: Final = 4  # keys of one length that are quicker hashed together
 _TOPIC_PATIENCE: Final = 3.0
 
 
+class Login(TypedDict, total=False):
+    """How a broker is spoken to, and who is speaking; KafkaSink and KafkaSource take these as keyword arguments."""
+
+    tls: bool
+    """Whether to encrypt, and to look at the broker's certificate."""
+    ca: str | None
+    """A file of the authorities' certificates that are trusted, in place of the system's (PEM, as all of them)."""
+    certificate: str | None
+    """A file with a certificate of one's own, where the broker asks for one."""
+    private_key: str | None
+    """A file with its key, where that is not in the same."""
+    sasl: Mechanism | None
+    """How to log in: "PLAIN" sends the password as it is, so it needs `tls`; "SCRAM-SHA-256", "SCRAM-SHA-512"."""
+    username: str | None
+    """Who logs in."""
+    password: str | None
+    """The password."""
+    password_file: str | None
+    """A file with the password, which keeps it out of command lines."""
+
+
 class Security(NamedTuple):
-    """How a broker is spoken to, and who is speaking."""
+    """The same with what is so unless told otherwise."""
 
     tls: bool = False
     ca: str | None = None
@@ -100,8 +123,8 @@ class Security(NamedTuple):
 
     def check(self) -> None:
         """Raises ArgumentError for what does not go together."""
-        if self.sasl not in (None, *get_args(Mechanism)):
-            raise ArgumentError(f"sasl={self.sasl!r} is unknown: give {', '.join(get_args(Mechanism))}")
+        if self.sasl is not None:
+            check_choice("sasl", self.sasl, Mechanism)
         for name in ("ca", "certificate", "private_key"):
             if getattr(self, name) is not None and not self.tls:
                 raise ArgumentError(f"{name}= is about TLS: give tls=True (tls=yes in an address) as well")
@@ -241,13 +264,11 @@ def explanation(error: BaseException, servers: list[str], topic: str) -> str:
 
 def check_loop(error: type[Exception]) -> None:
     """Raises the error where the loop is not asyncio's."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not is_asyncio():
         raise error(
             "Kafka needs asyncio, and this is trio: aiokafka has no other loop; run this part of the program with "
             "anyio.run(main), whose default is asyncio"
-        ) from None
+        )
 
 
 def is_passing(error: BaseException) -> bool:

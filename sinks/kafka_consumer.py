@@ -13,8 +13,9 @@ from ebpfstream.errors import SinkError, SourceError
 from ebpfstream.sinks import kafka_client
 from ebpfstream.sinks.kafka_client import Security
 from ebpfstream.turns import to_the_end
+from ebpfstream.waiting import BackOff
 
-_RETRY: Final = 2.0  # seconds until another attempt
+_RETRY: Final = 2.0  # seconds until another attempt, less a random part: see BackOff
 _ANSWER: Final = 5.0  # seconds for what a broker does at once, if it is there
 _GOODBYE: Final = 3.0  # seconds to leave the group; it notices by itself, later
 _IDLE: Final = 10.0  # seconds of waiting for records; then the client is asked again whether all is well
@@ -59,12 +60,12 @@ class Member:
             "enable_auto_commit": False,
             "session_timeout_ms": int(session_timeout * 1000),
             "heartbeat_interval_ms": int(session_timeout * 1000 / 6),
-            "request_timeout_ms": int(
-                (session_timeout + _ANSWER) * 1000
-            ),  # joining takes as long as the session
+            # Joining takes as long as the session.
+            "request_timeout_ms": int((session_timeout + _ANSWER) * 1000),
             "metadata_max_age_ms": _LOOK * 1000,
             "fetch_max_bytes": _HELD,
         }
+        self._back_off = BackOff(_RETRY, _RETRY)
         self._consumer: kafka_client.Consumer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -150,7 +151,7 @@ class Member:
         if not kafka_client.is_passing(error):
             raise self._error(error) from error
         self._warn(f"{self._error(error)}; trying again")
-        await asyncio.sleep(_RETRY)
+        await self._back_off.pause()
 
     async def _take(self, consumer: kafka_client.Consumer, most: int, wait: float) -> None:
         found = await consumer.getmany(timeout_ms=int(wait * 1000), max_records=most)
@@ -164,7 +165,7 @@ class Member:
         self._warn(f"{self._error(error)}; beginning anew")
         self._consumer = None
         await to_the_end(self._end, consumer)
-        await asyncio.sleep(_RETRY)
+        await self._back_off.pause()
 
     async def _revoked(self, consumer: kafka_client.Consumer) -> None:
         """The partitions are shared out anew: each goes on from where this member has come."""

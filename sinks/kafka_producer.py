@@ -13,8 +13,9 @@ from typing import Any, Final
 from ebpfstream.errors import SinkError, SinkRejectedError
 from ebpfstream.sinks import kafka_client
 from ebpfstream.sinks.kafka_records import Record
+from ebpfstream.waiting import BackOff
 
-# Seconds until a new producer takes the place of one that has failed; doubled each time, less a random part.
+# Seconds until a new producer takes the place of one that has failed: see BackOff.
 _FIRST_DELAY: Final = 0.25
 _LONGEST_DELAY: Final = 10.0
 # aiokafka (0.14) does not wrap sequence numbers as brokers do: a producer ends before it comes to that.
@@ -168,7 +169,7 @@ class Sending:
         self._partitions: dict[tuple[str, int], _Partition] = {}
         self._counts: dict[str, int] = {}
         self._closing_within = 2.0  # seconds
-        self._delay = _FIRST_DELAY
+        self._back_off = BackOff(_FIRST_DELAY, _LONGEST_DELAY)
         self._producer: kafka_client.Producer | None = None  # while it is connected
         self._broken: asyncio.Future[None] | None = None  # why it is not any more
         self._task: asyncio.Task[None] | None = None
@@ -280,8 +281,7 @@ class Sending:
             finally:
                 await self._disconnect(producer)
             if self.error is not None:
-                await asyncio.sleep(self._delay * random.uniform(0.5, 1))  # noqa: S311
-                self._delay = min(2 * self._delay, _LONGEST_DELAY)
+                await self._back_off.pause()
             producer = self._new_producer()
 
     async def _connect(self, producer: kafka_client.Producer) -> None:
@@ -346,7 +346,7 @@ class Sending:
         self._changed.set()
 
     def _note_well(self) -> None:
-        self._delay = _FIRST_DELAY
+        self._back_off.reset()
         if self.error is not None:
             self.error = None
             _log.warning("Kafka at %s: going on", ",".join(self._servers))

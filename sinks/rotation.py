@@ -103,9 +103,8 @@ class Rotated:
                 fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is being made: see remove_unfinished
                 _pack(source, target, kind, ended)
                 _make_alike(target.fileno(), os.fstat(source.fileno()))
-                os.fsync(
-                    target.fileno()
-                )  # whatever `fsync` is: the original goes now, and was safe long since
+                # Whatever `fsync` is: the original goes now, and was safe long since.
+                os.fsync(target.fileno())
                 with self._names:
                     whole = not ended.is_set() and path.exists()
                     if whole and os.path.samestat(part.stat(), os.fstat(target.fileno())):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
 from contextlib import suppress
-from typing import Any, Final, Literal, Self, Unpack, get_args
+from typing import Any, Final, Literal, Self, Unpack
 
 import anyio
 
 from ebpfstream.batch import EventBatch
+from ebpfstream.descriptors import SharedOutput
 from ebpfstream.errors import ArgumentError, SinkClosedError, SinkError, SinkUnavailableError
+from ebpfstream.options import check_choice
 from ebpfstream.sink import CLOSING, Delivery, Sink
 from ebpfstream.sink_url import SinkURL
 from ebpfstream.table import Table
@@ -20,7 +21,6 @@ from ebpfstream.turns import in_thread
 
 Format = Literal["json", "text"]
 
-_PIPE_BUF: Final = 4096  # a pipe that polls writable takes so many bytes without blocking (pipe(7))
 _CANNOT: Final = "cannot write to the standard output"
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
@@ -32,6 +32,7 @@ class StdoutSink(Sink):
 
     `format="json"` is one JSON object a line.  `format="text"` is a table, with colour on a terminal
     (unless NO_COLOR is set).  Characters that a terminal would act on never reach it, in either.
+    `fd` is the descriptor to write to, if that is to be another one.
 
     What it writes to belongs to others as well, so nothing is ever taken back.  Where a line was cut short, because
     the send was cancelled or a disk is full, the next send writes its rest first, and closing does if that can be at
@@ -43,8 +44,7 @@ class StdoutSink(Sink):
 
     def __init__(self, format: Format = "json", *, fd: int = 1, **delivery: Unpack[Delivery]) -> None:
         super().__init__(**delivery)
-        if format not in get_args(Format):
-            raise ArgumentError(f'format={format!r} is unknown: give "json" or "text"')
+        check_choice("format", format, Format)
         self._format = format
         self._fd = fd
         self._table: Table | None = None
@@ -140,56 +140,30 @@ class StdoutSink(Sink):
 
 
 class _Writer:
-    """Writes to a descriptor that may block and is shared with other processes, without blocking.
-
-    Making it non-blocking would change it for all who share it.  A pipe or terminal is opened once
-    more instead; a socket has a flag for each call; a regular file, which always blocks, is written in a thread.
-    """
+    """Writes all of what it is given, without blocking the event loop: waits for room, or writes a file in a thread."""
 
     def __init__(self, fd: int) -> None:
-        kind = os.fstat(fd).st_mode
-        self._socket: socket.socket | None = None
-        self._polls_first = False
-        self._in_thread = stat.S_ISREG(kind)
+        self._output = SharedOutput(fd)
         self.written = 0
         """Bytes of what was given to write last that have been, whether or not all were."""
-        if stat.S_ISSOCK(kind):
-            self._fd = os.dup(fd)
-            self._socket = socket.socket(fileno=self._fd)
-        elif self._in_thread:
-            self._fd = os.dup(fd)
-        else:
-            try:
-                self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            except OSError:  # opened by another user, who handed it to us
-                self._fd = os.dup(fd)
-                self._polls_first = True
 
     async def write(self, data: bytes) -> None:
         self.written = 0
         rest = memoryview(data)
-        if self._in_thread:
+        if self._output.is_file:
             await in_thread(self._write_all, rest)
             return
         while self.written < len(rest):
-            if self._polls_first:
-                await anyio.wait_writable(self._fd)
+            if self._output.asks_first:
+                await anyio.wait_writable(self._output.fd)
             try:
-                self.written += self._write(rest[self.written :])
+                self.written += self._output.some(rest[self.written :])
             except BlockingIOError:
-                await anyio.wait_writable(self._fd)
+                await anyio.wait_writable(self._output.fd)
 
     def _write_all(self, data: memoryview) -> None:
         while self.written < len(data):
-            self.written += os.write(self._fd, data[self.written :])
-
-    def _write(self, data: memoryview) -> int:
-        if self._socket is not None:
-            return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        return os.write(self._fd, data[:_PIPE_BUF] if self._polls_first else data)
+            self.written += self._output.some(data[self.written :])
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        else:
-            os.close(self._fd)
+        self._output.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from ebpfstream import text, values
 from ebpfstream.batch import EventBatch
-from ebpfstream.errors import DecodeError, EventTypeError
+from ebpfstream.errors import DecodeError, EbpfStreamError, EventTypeError
 from ebpfstream.events import (
     I8,
     I16,
@@ -306,6 +307,27 @@ def test_integers_of_every_width() -> None:
 
     sample = struct.pack("<BxhxxxxQ", 255, -2, 2**64 - 3)
     assert list(batch_of(Widths, [sample])) == [Widths(255, -2, -3)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("signed", [False, True])
+def test_limits_and_letters_of_integers(size: int, signed: bool) -> None:
+    kind = Integer(size, signed)
+    form = struct.Struct(f"<{kind.letter}")
+    assert form.size == size
+    least, most = kind.limits[0], kind.limits[-1]
+    assert [form.unpack(form.pack(value)) for value in (least, most)] == [(least,), (most,)]
+    for beyond in (least - 1, most + 1):
+        with pytest.raises(struct.error):
+            form.pack(beyond)
+
+
+def test_columns_need_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(
+        EbpfStreamError, match=r"^to_numpy\(\) needs numpy: pip install 'ebpfstream\[numpy\]'$"
+    ):
+        batch_of(Hello, [hello(1, b"sh")]).to_numpy()
 
 
 def test_columns() -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 
 import ebpfstream
+from ebpfstream import Event
+from ebpfstream.catalogue import EVENT_TYPES, AnyEvent
+from ebpfstream.service import config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +28,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up.  A module imports from lines above its own; within a line only the modules of
 # one package that is listed in PACKAGES import one another.
 LAYERS = (
-    ("ages", "asking", "errors", "lost", "origin", "records", "segments", "text", "statistics", "waiting"),
+    (
+        "ages",
+        "asking",
+        "descriptors",
+        "errors",
+        "lost",
+        "names",
+        "origin",
+        "records",
+        "segments",
+        "text",
+        "statistics",
+        "waiting",
+    ),
     ("completeness", "events", "turns", "options", "opening", "spool"),
     ("sink_url",),
     ("c_types", "unpacking"),
@@ -41,11 +58,11 @@ LAYERS = (
     ("outputs", "programs", "hooks", "snapshots", "trace_lines"),
     ("loader",),
     ("tracers", "program_file", "sink", "table", "redaction", "conditions"),
-    ("sinks", "shaping", "schema", "dead_letters"),
+    ("sinks", "shaping", "schema", "dead_letters", "catalogue"),
     ("backlog", "source"),
     ("outlet",),
     ("forwarding",),
-    ("bench", "doctor", "service"),
+    ("bench", "doctor", "service", "sizing"),
     ("cli", "testing"),
     ("__main__",),
 )
@@ -55,6 +72,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SINKS_SEE = {
     "batch",
     "columns",
+    "descriptors",
     "errors",
     "events",
     "lost",
@@ -69,6 +87,7 @@ SINKS_SEE = {
     "table",
     "text",
     "turns",
+    "waiting",
 }
 
 # Libraries that are costly or optional, and who may import them.
@@ -85,11 +104,12 @@ IMPORTERS: dict[str, set[str]] = {
         "cli.program",
         "cli.service",
         "cli.shipping",
+        "cli.size",
         "cli.top",
     },
     "matplotlib": {"bench.picture"},
     "numpy": {"batch", "bench.latencies", "columns"},
-    "orjson": {"cli.doctor", "cli.events", "dead_letters", "packing", "parsing", "values"},
+    "orjson": {"cli.doctor", "cli.events", "cli.size", "dead_letters", "packing", "parsing", "values"},
     "prometheus_client": {"service.metrics"},
     "pydantic": {"service.config"},
     "rich": {"bench.screen", "cli.dashboard", "cli.live", "cli.pieces"},
@@ -165,7 +185,9 @@ def _allowed(importer: str, imported: str) -> bool:
 
 
 def test_every_module_has_its_place() -> None:
-    assert {name.split(".")[0] for name in _modules() if name} == set(RANKS)
+    assert {name.split(".")[0] for name in _modules() if name} == set(RANKS), (
+        "a new module takes its place in LAYERS here, and in ARCHITECTURE.md"
+    )
 
 
 def test_imports_go_one_way() -> None:
@@ -180,6 +202,21 @@ def test_imports_go_one_way() -> None:
     TopologicalSorter({name: _own_imports(name) for name in _modules()}).prepare()  # raises CycleError
 
 
+def test_architecture_shows_the_layers() -> None:
+    shown = (ROOT / "ARCHITECTURE.md").read_text().partition("```layers\n")[2].partition("```")[0]
+    assert [tuple(re.findall(r"\w+", line)) for line in shown.splitlines()] == list(LAYERS)
+
+
+def test_architecture_names_every_module() -> None:
+    """And nothing that is gone; of tracers and sinks, a file each, the folder."""
+    house = (ROOT / "ARCHITECTURE.md").read_text().partition("## The house")[2].partition("Imports go")[0]
+    named = set(re.findall(r"(\w+)(?:\.py\b|/)", house))
+    parts = {name for name in _modules() if name and not name.startswith(("tracers.", "sinks."))}
+    assert {part for name in parts for part in name.split(".")} - {"__main__"} - named == set()
+    files = {Path(file).name for file in re.findall(r"[\w./]+\.(?:py|c|h|toml)\b", house)}
+    assert [file for file in files if not any(ROOT.glob(f"[!.]*/**/{file}"))] == []
+
+
 @pytest.mark.parametrize("library", IMPORTERS)
 def test_a_library_has_one_importer(library: str) -> None:
     importers = {
@@ -188,7 +225,7 @@ def test_a_library_has_one_importer(library: str) -> None:
         for module, _ in _imports(ast.walk(tree))
         if module.split(".")[0] == library
     }
-    assert importers == IMPORTERS[library]
+    assert importers == IMPORTERS[library], f"who imports {library} stands in IMPORTERS"
 
 
 @pytest.mark.parametrize("function", LOADED_BY_PATH)
@@ -231,10 +268,23 @@ def test_names_for_type_checkers_are_those_at_run_time() -> None:
         (module.removeprefix("ebpfstream."), name) for module, name in _imports(ast.walk(block))
     )
     homes = [(home, name) for home, names in ebpfstream._HOMES.items() for name in names]
-    assert declared == sorted(homes)
+    assert declared == sorted(homes), "the TYPE_CHECKING block and _HOMES of ebpfstream/__init__.py differ"
     for home, name in homes:
         assert getattr(ebpfstream, name) is getattr(importlib.import_module(f"ebpfstream.{home}"), name)
         assert name in dir(ebpfstream)
+
+
+def test_every_tracer_is_in_the_catalogue() -> None:
+    """All that offer ready-made streams look there; counts are told as events, but are no stream of them."""
+    versioned = {
+        value
+        for name in _modules()
+        if name.startswith("tracers.")
+        for value in vars(importlib.import_module(f"ebpfstream.{name}")).values()
+        if isinstance(value, type) and "__schema_version__" in vars(value) and value is not Event
+    }
+    assert versioned - {ebpfstream.ExecCount} == set(EVENT_TYPES.values()) == set(get_args(AnyEvent))
+    assert {*EVENT_TYPES, "program"} == set(get_args(config.Kind))
 
 
 def test_sinks_see_the_contract_alone() -> None:
@@ -246,7 +296,7 @@ def test_sinks_see_the_contract_alone() -> None:
             top, _, home = module.partition(".")
             if top == "ebpfstream" and ((home and home not in SINKS_SEE) or taken.startswith("_")):
                 wrong.append(f"{name} imports {module} {taken}")
-    assert not wrong
+    assert not wrong, "sinks import what SINKS_SEE has; add to it what every sink may use"
 
 
 def _undocumented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:

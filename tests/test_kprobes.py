@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ebpfstream.kernel import kprobes
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.names import did_you_mean, near
 
 
 @pytest.fixture

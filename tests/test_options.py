@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Optional
 import pytest
 
 from ebpfstream.errors import ArgumentError
-from ebpfstream.options import Seconds, Size, describe, parse
+from ebpfstream.options import Seconds, Size, check_choice, describe, parse
 
 MANY = "9" * 400
 
@@ -225,6 +225,17 @@ def test_annotations_of_others_say_nothing() -> None:
     assert parse("none", Annotated[int | None, "how many"]) is None
     assert describe(Annotated[int | None, "how many"]) == "a whole number or none"
     assert describe(Annotated[Size, "how large"]) == describe(Size)
+
+
+def test_choices() -> None:
+    of: Any = Literal["zstd", "gzip", "none"]
+    check_choice("compress", "gzip", of)
+    for value in ("gz", "", None, ["gzip"], b"gzip"):
+        with pytest.raises(ArgumentError) as raised:
+            check_choice("compress", value, of)
+        assert str(raised.value) == f'compress={value!r} is unknown: give "zstd", "gzip" or "none"'
+    with pytest.raises(ArgumentError, match=r'^acks=1 is unknown: give "all" or "1"$'):
+        check_choice("acks", 1, Literal["all", "1"])
 
 
 def test_descriptions_say_each_thing_once() -> None:

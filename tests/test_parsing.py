@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ebpfstream import descriptions, text
 from ebpfstream.batch import EventBatch
 from ebpfstream.c_types import Record
+from ebpfstream.catalogue import EVENT_TYPES
 from ebpfstream.errors import DecodeError, EventTypeError
 from ebpfstream.events import (
     I8,
@@ -41,8 +42,6 @@ from ebpfstream.lost import Lost
 from ebpfstream.parsing import parser
 from ebpfstream.records import Records
 from ebpfstream.testing import ExampleEvent, make_batch
-from ebpfstream.tracers.execve import ExecEvent
-from ebpfstream.tracers.syscalls import SyscallEvent
 from ebpfstream.values import moment
 
 
@@ -191,7 +190,7 @@ def assert_comes_back(batch: EventBatch[Any]) -> None:
     ]
 
 
-@pytest.mark.parametrize("event_type", [ExampleEvent, Hello, ExecEvent, SyscallEvent, Everything])
+@pytest.mark.parametrize("event_type", [ExampleEvent, Hello, *EVENT_TYPES.values(), Everything])
 @given(st.data())
 def test_events_come_back(event_type: type[Any], data: st.DataObject) -> None:
     assert_comes_back(data.draw(batches(event_type)))

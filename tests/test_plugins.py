@@ -97,7 +97,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_unknown_schemes() -> None:
     with pytest.raises(ArgumentError, match=r"there is no sink 'carrier-pigeon'.*blackhole.*file.*stdout"):
         open_sink("carrier-pigeon:")
-    with pytest.raises(ArgumentError, match="did you mean stdout:"):
+    with pytest.raises(ArgumentError, match=r"'stdut:': there is no sink 'stdut'; did you mean stdout:\?$"):
         open_sink("stdut:")
 
 

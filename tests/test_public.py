@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def _shape(value: Any) -> str:
     if inspect.isclass(value):
         bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
         return f"({bases})" if issubclass(value, Exception) else _signature(value)
-    return _signature(value) if callable(value) else ""
+    return _signature(value) if inspect.isroutine(value) else ""  # types for annotations are no functions
 
 
 def _signature(value: Any) -> str:
@@ -48,7 +49,16 @@ def _signature(value: Any) -> str:
         )
         for parameter in signature.parameters.values()
     ]
-    return str(inspect.Signature(bare))
+    shape = str(inspect.Signature(bare))
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in bare):
+        shape += _options(value.__init__ if inspect.isclass(value) else value, bare[-1].name)
+    return shape
+
+
+def _options(function: Any, name: str) -> str:
+    """What may be given as `**name`, if that is annotated."""
+    options = typing.get_args(typing.get_type_hints(function).get(name))
+    return f" {', '.join(sorted(typing.get_type_hints(options[0])))}" if options else ""
 
 
 class _Default:
@@ -71,7 +81,9 @@ def _members(of: type) -> Iterator[str]:
 
 
 def test_public_names_are_those_that_are_kept() -> None:
-    assert LIST.read_text().splitlines() == list(listed())
+    assert LIST.read_text().splitlines() == list(listed()), (
+        "`python -m tests.test_public` writes the list anew"
+    )
 
 
 if __name__ == "__main__":

@@ -260,6 +260,25 @@ def test_text_that_ends_as_far_as_it_is_filled() -> None:
     assert json.loads(made.to_json_lines()) == {"pid": 1, "msg": "--password=***"}
 
 
+@dataclass
+class EndsInText(Event):
+    number: U32
+    blob: Annotated[bytes, Char(32)]
+    line: Annotated[str, Char(12)]
+
+
+def test_text_at_the_end_of_a_class_of_ones_own_must_be_whole() -> None:
+    """What the codec decodes as a misfit is looked at as one: all its bytes go to the dead letters."""
+    short = struct.pack("<I32s", 1, b"--password=S3cr3t") + b"abc"
+    made = Redaction().redact(raw(EndsInText, short))
+    ((sample, _),) = made.without_undecodable()[1]
+    assert sample == short.replace(b"S3cr3t", b"******")
+    whole = struct.pack("<I32s12s", 1, b"--password=S3cr3t", b"pwd=S3cr3t")
+    assert list(Redaction().redact(raw(EndsInText, whole))) == [
+        EndsInText(1, b"--password=S3cr3t".ljust(32, b"\0"), "pwd=***")
+    ]
+
+
 def test_arguments_that_were_cut() -> None:
     for given_, expected in (
         (b"x\0--password=abc", ("x", "--password=***")),

@@ -14,6 +14,7 @@ import pytest
 from ebpfstream import descriptions
 from ebpfstream.batch import EventBatch
 from ebpfstream.c_types import Record
+from ebpfstream.catalogue import EVENT_TYPES
 from ebpfstream.errors import ArgumentError
 from ebpfstream.events import I8, U8, U64, Array, Char, Computed, Event, Flag, Integer, Tail, WallClock
 from ebpfstream.lost import Lost
@@ -250,7 +251,7 @@ SNAPSHOTS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("event_type", [ExecEvent, SyscallEvent])
+@pytest.mark.parametrize("event_type", EVENT_TYPES.values())
 def test_fields_change_with_the_version_alone(event_type: type[Event]) -> None:
     assert list(_types(event_type).items()) == list(SNAPSHOTS[json_schema(event_type)["$id"]].items())
 

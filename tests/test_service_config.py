@@ -313,7 +313,7 @@ def test_where_nobody_can_listen() -> None:
         ("fields = {pid = 1}", "fields: 1 is not text"),
         ("fields = ['=x']", "fields: '=x' names no field: give pid, or comm=name for another name in JSON"),
         ("fields = ['pid', 'pid=x']", "fields: the field 'pid' is given twice: give it once"),
-        ("fields = ['pid', 'pidd']", "fields: ExecEvent has no field 'pidd'; did you mean 'pid'?"),
+        ("fields = ['pid', 'pidd']", "fields: ExecEvent has no field 'pidd'; did you mean 'pid' or 'ppid'?"),
         ("redact = 'no'", "redact: 'no' is not true or false"),
         ("redact_patterns = 'x'", 'redact_patterns: \'x\' is not a list: write ["x"]'),
         ("redact_patterns = ['x', '(']", ("redact_patterns[1]: '(' is no regular expression: missing ), unterminated "
@@ -431,7 +431,7 @@ def test_wrong_in_a_program(tmp_path: Path) -> None:
         ("adress = 'stdout:'", [("4: source[0].sink[0].address: this key is needed: give an address such as stdout: or "
             "file:/var/log/execs.jsonl; is it 'adress'?")]),
         ("address = 'stdut:'",
-            ["5: source[0].sink[0].address: 'stdut:': there is no sink 'stdut'; did you mean stdout: ?"]),
+            ["5: source[0].sink[0].address: 'stdut:': there is no sink 'stdut'; did you mean stdout:?"]),
         ("address = 'file:x'\nrotat = '1MB'\nkeep = 'many'\nwhen_full = 'spil'", [
             "6: source[0].sink[0].rotat: there is no option 'rotat'; did you mean 'rotate'?",
             "7: source[0].sink[0].keep: 'many' is not a whole number or none",

@@ -57,7 +57,7 @@ def test_the_example(example: tuple[list[str], Path]) -> None:
         if can_be(line) and number not in inside:
             parse("\n".join(uncommented(lines, number)), path)
             tried.append(line)
-    assert len(blocks(lines)) == 4
+    assert len(blocks(lines)) == 4, "one more in example.toml is counted here"
     for start, end in blocks(lines):
         opened = [
             line[1:] if start <= index < end and re.match(r"#\S", line) else line

@@ -1,4 +1,4 @@
-"""Waiting for time and for descriptors, on every event loop."""
+"""Waiting for time and for descriptors, and between attempts, on every event loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from ebpfstream.errors import StreamBusyError
 from ebpfstream.turns import Turn
-from ebpfstream.waiting import is_asyncio, readable
+from ebpfstream.waiting import BackOff, is_asyncio, readable
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +30,23 @@ async def test_which_loop(anyio_backend_name: str) -> None:
 
 def test_no_loop_at_all() -> None:
     assert not is_asyncio()
+
+
+async def test_pauses_between_attempts_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    back_off = BackOff(1, 6)
+    for _ in range(5):
+        await back_off.pause()
+    back_off.reset()
+    await back_off.pause()
+    for pause, longest in zip(pauses, (1, 2, 4, 6, 6, 1), strict=True):
+        assert longest / 2 <= pause <= longest
+    assert len(set(pauses)) == 6
 
 
 async def test_returns_when_there_is_something_to_read(pipe: tuple[int, int]) -> None:

@@ -23,6 +23,7 @@ from ebpfstream.kernel.buffers import Buffer
 from ebpfstream.kernel.links import RawTracepoint
 from ebpfstream.kernel.perfbuf import PerfBuffer
 from ebpfstream.readymade import BPF_FOLDER, ReadyMade
+from ebpfstream.statistics import Statistics
 from ebpfstream.stream import LATENCY, EventStream
 
 Kind = Literal["ring", "perf"]
@@ -198,8 +199,13 @@ async def measure(case: Case, seconds: float, producers: Producers) -> Figures:
             async for batch in events.batches():
                 latencies.add(time.monotonic_ns() - batch.to_numpy()["monotonic"])
         resident = _resident()
-    statistics = events.statistics()
-    ended = ends.pop()
+    return _figures(events.statistics(), ends.pop(), cpu, latencies, resident)
+
+
+def _figures(
+    statistics: Statistics, ended: _End, cpu: float, latencies: Latencies, resident: float
+) -> Figures:
+    """Raises EbpfStreamError if an event is not accounted for; `cpu` is this process's at the beginning, in seconds."""
     calls, starts, stops, produced = zip(*ended.answers, strict=True)
     offered, start = int(sum(calls)), min(starts)
     if offered != statistics.tried or offered != statistics.delivered + (statistics.lost or 0):

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter
 
 from ebpfstream.bench.measuring import SERIES, Figures, Kind, Policy
 from ebpfstream.bench.plan import Sweep
-from ebpfstream.bench.results import Result, Results, time
+from ebpfstream.bench.results import Result, Results, size, time
 
 COLOURS: Final[dict[Kind, str]] = {"ring": "#1f6fb4", "perf": "#d95f02"}
 _STYLES: Final[dict[Policy, tuple[Literal[":", "-.", "-", "--"], str]]] = {  # line, marker
@@ -40,63 +40,67 @@ def draw(results: Results, path: Path) -> None:
     """Write the picture, in the format that the file's name ends in: .png or .svg."""
     figure = Figure(figsize=(17, 11))
     FigureCanvasAgg(figure)
-    plan = results.plan
-    axes = [figure.add_subplot(2, 3, index) for index in range(1, 7)]
-    _lost(
-        axes[0],
-        results,
-        plan.rates,
-        "How much is lost, by rate\n64-byte events, 256 KiB buffer, one producer",
-        _OFFERED,
+    rates, sizes, buffers, half, nearly_all, producers = figure.subplots(2, 3).flat
+    _rates(rates, results)
+    _sizes(sizes, results)
+    _buffers(buffers, results)
+    _latency(half, results, "Half of the events come within this time (p50)", lambda figures: figures.p50)
+    _latency(
+        nearly_all, results, "99 % of the events come within this time (p99)", lambda figures: figures.p99
     )
-    _curves(axes[1], results, plan.sizes, lambda figures: figures.delivered_rate)
-    _label(
-        axes[1],
-        "How many events come through, by size\n4 MiB buffer, one producer that never stops",
-        "bytes of an event",
-        _DELIVERED,
-    )
-    axes[1].set_xticks(plan.sizes.points, [size(point) for point in plan.sizes.points])
-    axes[1].minorticks_off()
-    axes[1].set_yscale("log")
-    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda rate, _: count(rate)))
-    axes[1].yaxis.set_minor_formatter(FuncFormatter(between))
-    _lost(
-        axes[2],
-        results,
-        plan.buffers,
-        "How much is lost, by size of the buffer\n64-byte events, one producer that never stops",
-        "size of the buffer, of all CPUs together",
-    )
-    axes[2].set_xticks(plan.buffers.points, [size(point) for point in plan.buffers.points])
-    axes[2].minorticks_off()
-    for place, name, get in (
-        (
-            axes[3],
-            "Half of the events come within this time (p50)\n64-byte events, 256 KiB buffer, one producer",
-            lambda figures: figures.p50,
-        ),
-        (
-            axes[4],
-            "99 % of the events come within this time (p99)\n64-byte events, 256 KiB buffer, one producer",
-            lambda figures: figures.p99,
-        ),
-    ):
-        _curves(place, results, plan.rates, get)
-        place.set_yscale("log")
-        place.yaxis.set_major_formatter(FuncFormatter(lambda latency, _: time(latency)))
-        _label(
-            place,
-            name,
-            _OFFERED,
-            "until the reader has it (less is better)",
-        )
-    _bars(axes[5], results)
+    _producers(producers, results)
     _legend(figure)
     figure.suptitle(
         "BPF ring buffer and perf buffer: the same events, by wakeup policy (median; shaded: least to most)",
         fontsize=16,
     )
+    _notes(figure, results)
+    figure.tight_layout(rect=(0, 0.12, 1, 0.98), h_pad=2.5, w_pad=2)
+    figure.savefig(path, dpi=110)
+
+
+def _rates(axes: Axes, results: Results) -> None:
+    title = "How much is lost, by rate\n64-byte events, 256 KiB buffer, one producer"
+    _lost(axes, results, results.plan.rates, title, _OFFERED)
+
+
+def _sizes(axes: Axes, results: Results) -> None:
+    sweep = results.plan.sizes
+    _curves(axes, results, sweep, lambda figures: figures.delivered_rate)
+    _label(
+        axes,
+        "How many events come through, by size\n4 MiB buffer, one producer that never stops",
+        "bytes of an event",
+        _DELIVERED,
+    )
+    _ticks_at_sizes(axes, sweep)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: count(rate)))
+    axes.yaxis.set_minor_formatter(FuncFormatter(between))
+
+
+def _buffers(axes: Axes, results: Results) -> None:
+    sweep = results.plan.buffers
+    title = "How much is lost, by size of the buffer\n64-byte events, one producer that never stops"
+    _lost(axes, results, sweep, title, "size of the buffer, of all CPUs together")
+    _ticks_at_sizes(axes, sweep)
+
+
+def _ticks_at_sizes(axes: Axes, sweep: Sweep) -> None:
+    axes.set_xticks(sweep.points, [size(point) for point in sweep.points])
+    axes.minorticks_off()
+
+
+def _latency(axes: Axes, results: Results, what: str, get: Callable[[Figures], float]) -> None:
+    _curves(axes, results, results.plan.rates, get)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda latency, _: time(latency)))
+    title = f"{what}\n64-byte events, 256 KiB buffer, one producer"
+    _label(axes, title, _OFFERED, "until the reader has it (less is better)")
+
+
+def _notes(figure: Figure, results: Results) -> None:
+    """Where it was measured, and how."""
     machine = results.machine
     notes = ", ".join(
         f"{name} {machine[name]}" for name in ("processor", "kernel", "python", "ebpfstream", "load")
@@ -104,8 +108,6 @@ def draw(results: Results, path: Path) -> None:
     figure.text(
         0.5, 0.012, fill(f"{notes}.  {results.method()}", 210), ha="center", fontsize=8, color="#555555"
     )
-    figure.tight_layout(rect=(0, 0.12, 1, 0.98), h_pad=2.5, w_pad=2)
-    figure.savefig(path, dpi=110)
 
 
 def _curves(axes: Axes, results: Results, sweep: Sweep, get: Callable[[Figures], float]) -> None:
@@ -137,7 +139,8 @@ def _lost(axes: Axes, results: Results, sweep: Sweep, title: str, below: str) ->
     _label(axes, title, below, "% of the events lost (less is better)")
 
 
-def _bars(axes: Axes, results: Results) -> None:
+def _producers(axes: Axes, results: Results) -> None:
+    """Bars."""
     sweep = results.plan.producers
     for index, point in enumerate(sweep.points):
         for place, (kind, policy) in enumerate(SERIES):
@@ -191,14 +194,6 @@ def _legend(figure: Figure) -> None:
     figure.legend(
         handles=handles, loc="lower center", bbox_to_anchor=place, ncols=4, frameon=False, fontsize=9
     )
-
-
-def size(number: int) -> str:
-    """Bytes, in the unit that suits them."""
-    for shift, unit in ((20, "MiB"), (10, "KiB")):
-        if number >= 1 << shift:
-            return f"{number >> shift} {unit}"
-    return f"{number} B"
 
 
 def between(number: float, _: object = None) -> str:

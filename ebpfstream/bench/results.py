@@ -186,6 +186,14 @@ def machine() -> dict[str, str]:
     }
 
 
+def size(number: int) -> str:
+    """Bytes, in the unit that suits them."""
+    for shift, unit in ((20, "MiB"), (10, "KiB")):
+        if number >= 1 << shift:
+            return f"{number >> shift} {unit}"
+    return f"{number} B"
+
+
 def time(microseconds: float) -> str:
     """A duration in the unit that suits it."""
     if microseconds >= 1e6:

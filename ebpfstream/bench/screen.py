@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ebpfstream.bench.measuring import SERIES, Case, Figures
 from ebpfstream.bench.plan import Sweep
-from ebpfstream.bench.results import MEANINGS, Result, Results, time
+from ebpfstream.bench.results import MEANINGS, Result, Results, size, time
 
 _WIDTH: Final = 160  # where no terminal says how wide it is
 _NAMES: Final = {"size": "bytes", "rate": "events/s", "buffer_size": "buffer", "producers": "producers"}
@@ -55,7 +55,7 @@ def progress(total: int) -> Iterator[Callable[[Case | None], None]]:
 def _describe(case: Case) -> str:
     rate = f"{case.rate}/s" if case.rate else "flood"
     described = (
-        f"{case.kind} {case.policy}, {case.size} bytes, {rate}, {_bytes(case.buffer_size)}, {case.producers}"
+        f"{case.kind} {case.policy}, {case.size} bytes, {rate}, {size(case.buffer_size)}, {case.producers}"
     )
     return f"{described} producer{'s' if case.producers > 1 else ''}"
 
@@ -118,9 +118,5 @@ def _thousands(rate: float) -> str:
 
 def _point(varied: str, point: int) -> str:
     if varied == "buffer_size":
-        return _bytes(point)
+        return size(point)
     return str(point) if point or varied != "rate" else "limit"
-
-
-def _bytes(size: int) -> str:
-    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"

@@ -66,9 +66,8 @@ class Top(Screen):
             pieces.line([lost(statistics.stream, self._losing), *causes(statistics.stream)], width),
             self._buffer(statistics.stream, width),
         ]
-        sinks = self._sinks(statistics.sinks, width)[
-            : max(height - 9, 0)
-        ]  # three rows in each table come first
+        # Three rows in each table come first.
+        sinks = self._sinks(statistics.sinks, width)[: max(height - 9, 0)]
         sinks = sinks if len(sinks) > 1 else []
         room = height - len(figures) - len(sinks) - bool(sinks) - 1
         return [

@@ -1,18 +1,21 @@
-"""`ebpfstream execve` and `syscalls`; the schema of what they write."""
+"""`ebpfstream execve` and `syscalls`; `schema`, of what these, `count` and `trace` write."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import click
 import orjson
 
+from ebpfstream.catalogue import EVENT_TYPES
 from ebpfstream.cli import shipping
 from ebpfstream.schema import json_schema
 from ebpfstream.trace_lines import TraceEvent
 from ebpfstream.tracers.count_execve import ExecCount
-from ebpfstream.tracers.execve import ExecEvent, trace_execve
-from ebpfstream.tracers.syscalls import SyscallEvent, trace_syscalls
+from ebpfstream.tracers.execve import trace_execve
+from ebpfstream.tracers.syscalls import trace_syscalls
+
+_EVENT_TYPES: Final[dict[str, type[Any]]] = {**EVENT_TYPES, "count": ExecCount, "trace": TraceEvent}
 
 
 @click.command(short_help="Show every program that is executed, or send it elsewhere.")
@@ -69,7 +72,7 @@ def _number_or_name(call: str) -> str | int:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["execve", "syscalls", "count", "trace"]))
+@click.argument("kind", type=click.Choice(list(_EVENT_TYPES)))
 @click.option("--fields", metavar="NAME[=NEW],…", help="As for the command whose lines it describes.")
 def schema(kind: str, fields: str | None) -> None:
     """Print the JSON Schema of the lines that a command writes.
@@ -78,8 +81,5 @@ def schema(kind: str, fields: str | None) -> None:
     Example
         ebpfstream schema execve > execve.schema.json
     """  # noqa: D301  # click wants the character
-    event_type = {"execve": ExecEvent, "syscalls": SyscallEvent, "count": ExecCount, "trace": TraceEvent}[
-        kind
-    ]
-    made = json_schema(event_type, shipping.chosen_fields(fields))
+    made = json_schema(_EVENT_TYPES[kind], shipping.chosen_fields(fields))
     click.echo(orjson.dumps(made, option=orjson.OPT_INDENT_2))

@@ -78,7 +78,7 @@ def check(configuration: Path) -> None:
 @config.command()
 @click.argument("configuration", type=_FILE, metavar="[CONFIG.toml]", required=False)
 def init(configuration: Path | None) -> None:
-    """Make a configuration to begin with, commented; without a name, print it.
+    """Make a configuration to begin with, commented; without a name, or with -, print it.
 
     \b
     Example
@@ -89,7 +89,7 @@ def init(configuration: Path | None) -> None:
     with _libraries():
         from ebpfstream.service.config import EXAMPLE
     text = EXAMPLE.read_text()
-    if configuration is None:
+    if configuration is None or str(configuration) == "-":
         click.echo(text, nl=False)
         return
     try:

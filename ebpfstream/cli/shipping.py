@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import click
@@ -17,7 +17,7 @@ from ebpfstream.asking import Asked
 from ebpfstream.cli.messages import say
 from ebpfstream.conditions import condition
 from ebpfstream.errors import ArgumentError, EbpfStreamError, SinkClosedError
-from ebpfstream.forwarding import BatchStream, Forwarding
+from ebpfstream.forwarding import DEADLINE, BatchStream, Forwarding
 from ebpfstream.kernel.buffers import SIZE
 from ebpfstream.options import Seconds, Size, parse
 from ebpfstream.readymade import Options
@@ -25,12 +25,7 @@ from ebpfstream.redaction import wanted
 from ebpfstream.shaping import named_fields
 from ebpfstream.sink import Sink, open_sink
 from ebpfstream.sinks.stdout import Format, StdoutSink
-from ebpfstream.statistics import ForwardStatistics
-
-DEADLINE = 5.0
-"""Seconds to write what is left after a signal, if whoever reads is slow."""
-INCOMPLETE: Final = 3
-"""The exit status that --require-complete asks for."""
+from ebpfstream.statistics import INCOMPLETE, ForwardStatistics
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -249,55 +244,60 @@ def _report(statistics: ForwardStatistics, addresses: tuple[str, ...], screen: S
         say(line)
 
 
+class _Ending:
+    """What may end a forwarding; `by` is the number of the signal that did, or 0."""
+
+    def __init__(self, forwarding: Forwarding[Any]) -> None:
+        self.by = 0
+        self._forwarding = forwarding
+        self._asked = Asked()
+        self._had_terminal = has_terminal()
+
+    async def heed_signals(self) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP and not (self._had_terminal and not has_terminal()):
+                    self._forwarding.reopen()
+                else:
+                    self._forwarding.end(0 if self._asked.to_end(number) else None)
+                    self.by = number
+
+    async def end_in_time(self, seconds: float) -> None:
+        await self._forwarding.attached.wait()
+        await anyio.sleep(seconds)
+        self._forwarding.end()
+
+    async def end_without_reader(self, sink: StdoutSink) -> None:
+        await sink.wait_closed()
+        self.by = signal.SIGPIPE
+        self._forwarding.end(0)
+
+
 async def ship(
     forwarding: Forwarding[Any], duration: float | None = None, screen: Screen | None = None
 ) -> int:
     """Forward until the end; the number of the signal that brought it about, or 0."""
-    ended_by = 0
-    asked = Asked()
+    ending = _Ending(forwarding)
     failure: EbpfStreamError | None = None
-    with_terminal = has_terminal()
-
-    async def heed_signals() -> None:
-        nonlocal ended_by
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-            async for number in signals:
-                if number == signal.SIGHUP and not (with_terminal and not has_terminal()):
-                    forwarding.reopen()
-                else:
-                    forwarding.end(0 if asked.to_end(number) else None)
-                    ended_by = number
-
-    async def end_in_time(seconds: float) -> None:
-        await forwarding.attached.wait()
-        await anyio.sleep(seconds)
-        forwarding.end()
-
-    async def end_without_reader(sink: StdoutSink) -> None:
-        nonlocal ended_by
-        await sink.wait_closed()
-        ended_by = signal.SIGPIPE
-        forwarding.end(0)
-
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(heed_signals)
+        tasks.start_soon(ending.heed_signals)
         if duration is not None:
-            tasks.start_soon(end_in_time, duration)
+            tasks.start_soon(ending.end_in_time, duration)
         if screen is not None:
             tasks.start_soon(screen.run, forwarding)
         for sink in forwarding.sinks:
             if isinstance(sink, StdoutSink):
-                tasks.start_soon(end_without_reader, sink)
+                tasks.start_soon(ending.end_without_reader, sink)
         try:
             await forwarding.run()
         except SinkClosedError:
-            ended_by = signal.SIGPIPE
+            ending.by = signal.SIGPIPE
         except EbpfStreamError as error:
             failure = error  # raised outside of the task group, which would wrap it
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return ended_by
+    return ending.by
 
 
 def has_terminal() -> bool:

@@ -44,9 +44,8 @@ class Terminal:
     """
 
     def __init__(self) -> None:
-        output = _opened(f"/proc/self/fd/{OUTPUT}") or _opened(
-            "/dev/tty"
-        )  # another user's, handed to us, does not open
+        # Another user's, handed to us, does not open.
+        output = _opened(f"/proc/self/fd/{OUTPUT}") or _opened("/dev/tty")
         if output is None:
             raise SinkError(
                 "the terminal cannot be opened: is it another user's?  Write to a file with --to file:PATH"
@@ -78,9 +77,8 @@ class Terminal:
                 mode[_IFLAG] &= ~termios.IXON
                 mode[_CC] = [*mode[_CC]]
                 mode[_CC][termios.VMIN], mode[_CC][termios.VTIME] = 1, 0
-                termios.tcsetattr(
-                    self._input, termios.TCSANOW, mode
-                )  # the others wait for what it has yet to show
+                # The others than TCSANOW wait for what it has yet to show.
+                termios.tcsetattr(self._input, termios.TCSANOW, mode)
         self._write_now(_ENTER)
 
     def leave(self) -> None:
@@ -119,9 +117,8 @@ class Terminal:
         """What is pressed, character by character; ends with the terminal.  Keys that are sequences are left out."""
         while self._input is not None:
             await anyio.wait_readable(self._input)
-            if (
-                not self._is_foreground()
-            ):  # what is typed is for the shell, and reading it would stop us (SIGTTIN)
+            # What is typed is for the shell then, and reading it would stop us (SIGTTIN).
+            if not self._is_foreground():
                 await anyio.sleep(_BACKGROUND)
                 continue
             try:

@@ -4,7 +4,7 @@ Compiling with BCC changes the process's working directory, writes to its standa
 100 MB of LLVM behind and cannot be interrupted; so it happens in a short-lived child, which hands
 back what it made and ends: the maps as descriptors, the programs as instructions, the rest as JSON
 (`compiler` is the parent's side).  The child runs without site-packages: only the standard library
-and `ebpfstream.errors` may be imported here.
+and modules that need nothing else may be imported here.
 
 BCC is the distribution's (`python3-bpfcc` and its likes), found by its folder, so that any virtual
 environment will do.  PyPI's package of the same name is another thing altogether.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ebpfstream.errors import BccNotFoundError, CompileError, EbpfStreamError
-from ebpfstream.kernel import headers
+from ebpfstream.kernel import child, headers
 
 _FOLDERS: Final = (
     "/usr/lib/python3/dist-packages",
@@ -42,15 +42,16 @@ _INSTALL: Final = (
     ("Alpine", "apk add py3-bcc"),
 )
 
-_OWN_HEADER: Final = re.compile(r'(?m)^[ \t]*#[ \t]*include[ \t]*"([^"]+)"')
+OWN_HEADER: Final = re.compile(r'(?m)^[ \t]*#[ \t]*include[ \t]*"([^"]+)"')
+"""Where a text includes a header of its own."""
 
 # include/uapi/linux/sched.h, include/uapi/linux/mount.h
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
-# SCM_MAX_FD in include/net/scm.h is 253.
-_DESCRIPTORS_PER_MESSAGE: Final = 250
+SCM_MAX_FD: Final = 253
+"""As many descriptors go in one message (include/net/scm.h)."""
 
 
 def find(patterns: Sequence[str] = _FOLDERS) -> Path:
@@ -210,7 +211,7 @@ def _all_text(text: str, cflags: Sequence[str]) -> str:
     seen: set[Path] = set()
     folders = [Path(flag.removeprefix("-I")) for flag in cflags if flag.startswith("-I")]
     for part in parts:
-        for name in _OWN_HEADER.findall(part):
+        for name in OWN_HEADER.findall(part):
             path = next((folder / name for folder in folders if (folder / name).is_file()), None)
             if path is not None and path not in seen:
                 seen.add(path)
@@ -225,7 +226,7 @@ def main() -> None:
     """
     # A parent that is killed cannot end this process, which nobody waits for then.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = socket.socket(fileno=int(sys.argv[1]))
+    parent = socket.socket(fileno=int(sys.argv[2]))
     request = json.load(sys.stdin)
     descriptors: list[int] = []
     try:
@@ -233,9 +234,9 @@ def main() -> None:
         result = _describe(library, module)
         descriptors = [table["fd"] for table in result["maps"]]
     except EbpfStreamError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    for start in range(0, len(descriptors), _DESCRIPTORS_PER_MESSAGE):
-        socket.send_fds(parent, [b"\n"], descriptors[start : start + _DESCRIPTORS_PER_MESSAGE])
+        result = child.answer(error)
+    for start in range(0, len(descriptors), SCM_MAX_FD):
+        socket.send_fds(parent, [b"\n"], descriptors[start : start + SCM_MAX_FD])
     parent.sendall(json.dumps(result).encode())
     headers.clean_up()
     os._exit(0)  # LLVM's destructors have nothing to add

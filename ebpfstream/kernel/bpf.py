@@ -10,11 +10,13 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import resource
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -25,12 +27,14 @@ _SYSCALLS: Final = {
     "x86_64": {"bpf": 321, "membarrier": 324, "perf_event_open": 298},
     "aarch64": {"bpf": 280, "membarrier": 283, "perf_event_open": 241},
     "riscv64": {"bpf": 280, "membarrier": 283, "perf_event_open": 241},
-    "s390x": {"bpf": 351, "membarrier": 356, "perf_event_open": 331},
     "ppc64le": {"bpf": 361, "membarrier": 365, "perf_event_open": 319},
 }
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD = 0, 1, 2, 3, 5
-_OBJ_GET_INFO_BY_FD = 15
+OBJ_GET_INFO_BY_FD: Final = 15
+
+ENOTSUPP: Final = 524
+"""An errno of the kernel's own, which has no name outside of it (include/linux/errno.h)."""
 
 _INSTRUCTION: Final = struct.Struct("<BBhi")  # struct bpf_insn: code, dst_reg:4 src_reg:4, off, imm
 _LD_IMM64: Final = 0x18  # BPF_LD | BPF_DW | BPF_IMM, the one instruction that fills two slots
@@ -43,6 +47,9 @@ _MEMBARRIER_CMD_GLOBAL = 1
 _PERF_FLAG_FD_CLOEXEC = 8
 
 _BPF_F_NO_PREALLOC = 1
+
+_PROG_INFO_SIZE: Final = 216  # struct bpf_prog_info up to recursion_misses, and where in it that is
+_RECURSION_MISSES: Final = 208
 
 
 class MapType(IntEnum):
@@ -162,24 +169,21 @@ class Map(Descriptor):
         """The value at `key`, or None; of a per-CPU map each possible CPU's in turn, 8-byte aligned."""
         value = ctypes.create_string_buffer(self.value_length)
         if bpf(_MAP_LOOKUP, struct.pack("<IIQQQ", self.fd, 0, address(key), ctypes.addressof(value), 0)) < 0:
-            code = ctypes.get_errno()
-            if code == errno.ENOENT:
+            if ctypes.get_errno() == errno.ENOENT:
                 return None
-            raise OSError(code, os.strerror(code))
+            raise os_error()
         return value.raw
 
     def update(self, key: bytes, value: bytes, flags: int = 0) -> None:
         """Set the value at `key`; with BPF_NOEXIST (1) or BPF_EXIST (2) only if there is none, or one."""
         if bpf(_MAP_UPDATE, struct.pack("<IIQQQ", self.fd, 0, address(key), address(value), flags)) < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+            raise os_error()
 
     def delete(self, key: bytes) -> bool:
         """Remove the element at `key`; False if it was not there."""
         if bpf(_MAP_DELETE, struct.pack("<IIQQQ", self.fd, 0, address(key), 0, 0)) < 0:
-            code = ctypes.get_errno()
-            if code != errno.ENOENT:
-                raise OSError(code, os.strerror(code))
+            if ctypes.get_errno() != errno.ENOENT:
+                raise os_error()
             return False
         return True
 
@@ -215,59 +219,58 @@ class Program(Descriptor):
         Raises PrivilegeError, or LoadError with what the verifier said.
         """
         code = _with_maps(instructions, maps)
-
-        def attempt(log: ctypes.Array[ctypes.c_char] | None) -> int:
-            # Without a log first: writing one makes verification several times slower.
-            license_text = license.encode() + b"\0"
-            return bpf(
-                _PROG_LOAD,
-                struct.pack(
-                    "<IIQQIIQII16sII",
-                    type,
-                    len(code) // _INSTRUCTION.size,
-                    address(code),
-                    address(license_text),
-                    1 if log is not None else 0,
-                    len(log) if log is not None else 0,
-                    ctypes.addressof(log) if log is not None else 0,
-                    kernel_version,
-                    0,
-                    name.encode()[:15],
-                    0,
-                    0,
-                ),
-            )
-
-        fd = attempt(None)
-        if fd >= 0:
+        attempt = partial(_load, name, type, code, license.encode() + b"\0", kernel_version)
+        # Without a log first: writing one makes verification several times slower.
+        if (fd := attempt(None)) >= 0:
             return cls(fd, name)
         if ctypes.get_errno() == errno.EPERM:
             raise privilege_error()
-        size = _LOG_SIZE
-        while True:
-            log = ctypes.create_string_buffer(size)
-            fd = attempt(log)
-            if fd >= 0:  # what failed was of the moment (EAGAIN, ENOMEM)
-                return cls(fd, name)
-            reason = ctypes.get_errno()
-            if reason != errno.ENOSPC or size >= _LOG_SIZE_MAX:
-                break
-            size *= 4
-        text = log.value.decode(errors="replace").strip()
-        if "unknown func bpf_probe_read" in text and _locked_down():
+        fd, reason, log = _with_whole_log(attempt)
+        if fd >= 0:  # what failed was of the moment (EAGAIN, ENOMEM)
+            return cls(fd, name)
+        if "unknown func bpf_probe_read" in log and _locked_down():
             raise privilege_error()  # the helper is taken away (bpf_tracing_func_proto(), kernel/trace/bpf_trace.c)
-        raise LoadError(_verifier_message(name, reason, text), text)
+        raise LoadError(_verifier_message(name, reason, log), log)
 
     def recursion_misses(self) -> int | None:
         """Runs that the kernel skipped because the program was already running on that CPU.
 
         None where the kernel does not tell (before Linux 5.12).
         """
-        info = ctypes.create_string_buffer(216)
+        info = ctypes.create_string_buffer(_PROG_INFO_SIZE)
         request = struct.pack("<IIQ", self.fd, len(info), ctypes.addressof(info))
-        if bpf(_OBJ_GET_INFO_BY_FD, request) < 0 or kernel_release() < (5, 12):
+        if bpf(OBJ_GET_INFO_BY_FD, request) < 0 or kernel_release() < (5, 12):
             return None
-        return int(struct.unpack_from("<Q", info.raw, 208)[0])
+        return int(struct.unpack_from("<Q", info.raw, _RECURSION_MISSES)[0])
+
+
+def _load(
+    name: str,
+    type: ProgramType,
+    code: bytes,
+    license: bytes,
+    kernel_version: int,
+    log: ctypes.Array[ctypes.c_char] | None,
+) -> int:
+    """Offer the program to the kernel: its descriptor, or -1 and errno.  With a log, the verifier writes to it."""
+    program = (type, len(code) // _INSTRUCTION.size, address(code), address(license))
+    logged = (0, 0, 0) if log is None else (1, len(log), ctypes.addressof(log))
+    attributes = struct.pack(
+        "<IIQQIIQII16sII", *program, *logged, kernel_version, 0, name.encode()[:15], 0, 0
+    )
+    return bpf(_PROG_LOAD, attributes)
+
+
+def _with_whole_log(attempt: Callable[[ctypes.Array[ctypes.c_char]], int]) -> tuple[int, int, str]:
+    """Load with logs that grow until all fits: the descriptor or -1, errno, and what the verifier said."""
+    size = _LOG_SIZE
+    while True:
+        log = ctypes.create_string_buffer(size)
+        fd = attempt(log)
+        reason = 0 if fd >= 0 else ctypes.get_errno()
+        if reason != errno.ENOSPC or size >= _LOG_SIZE_MAX:
+            return fd, reason, log.value.decode(errors="replace").strip()
+        size *= 4
 
 
 def perf_event_open(attributes: bytes, cpu: int, pid: int = -1) -> int:
@@ -281,18 +284,16 @@ def wait_for_running_programs() -> None:
     Programs run inside RCU read-side sections, and MEMBARRIER_CMD_GLOBAL is synchronize_rcu()
     (kernel/sched/membarrier.c).  It is refused on kernels with nohz_full CPUs; there, replacing an
     entry of a map of maps waits for the same thing (maybe_wait_bpf_programs(), kernel/bpf/syscall.c).
-    Takes some 10 ms.
+    Takes some 10 ms.  Raises OSError where neither can be done.
     """
     if _syscall("membarrier", _MEMBARRIER_CMD_GLOBAL, 0, 0) == 0:
         return
-    inner = Map.create("wait_inner", MapType.ARRAY, key_size=4, value_size=4, max_entries=1)
-    attributes = struct.pack("<IIIIIII16s", MapType.ARRAY_OF_MAPS, 4, 4, 1, 0, inner.fd, 0, b"wait_outer")
-    outer = Map(bpf(_MAP_CREATE, attributes), MapType.ARRAY_OF_MAPS, 4, 4, 1)
-    try:
-        outer.update(bytes(4), struct.pack("<I", inner.fd))
-    finally:
-        outer.close()
-        inner.close()
+    with closing(Map.create("wait_inner", MapType.ARRAY, key_size=4, value_size=4, max_entries=1)) as inner:
+        attributes = struct.pack("<IIIIIII16s", MapType.ARRAY_OF_MAPS, 4, 4, 1, 0, inner.fd, 0, b"wait_outer")
+        if (fd := bpf(_MAP_CREATE, attributes)) < 0:
+            raise os_error()
+        with closing(Map(fd, MapType.ARRAY_OF_MAPS, 4, 4, 1)) as outer:
+            outer.update(bytes(4), struct.pack("<I", inner.fd))
 
 
 def possible_cpus() -> int:
@@ -303,15 +304,15 @@ def possible_cpus() -> int:
 @cache
 def possible_cpu_list() -> tuple[int, ...]:
     """Those CPUs, in the order of a per-CPU value."""
-    return tuple(cpu_list(Path("/sys/devices/system/cpu/possible").read_text()))
+    return tuple(_cpu_list(Path("/sys/devices/system/cpu/possible").read_text()))
 
 
 def online_cpus() -> list[int]:
     """The CPUs that run now."""
-    return cpu_list(Path("/sys/devices/system/cpu/online").read_text())
+    return _cpu_list(Path("/sys/devices/system/cpu/online").read_text())
 
 
-def cpu_list(text: str) -> list[int]:
+def _cpu_list(text: str) -> list[int]:
     """The CPUs of a list as the kernel writes it: "0-3,8" is 0, 1, 2, 3, 8."""
     cpus: list[int] = []
     for part in text.strip().split(","):
@@ -412,9 +413,10 @@ def _raise_memlock() -> bool:
 
 @cache
 def kernel_release() -> tuple[int, int]:
-    """The running kernel's version and patch level."""
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int("".join(c for c in minor if c.isdigit()))
+    """The running kernel's version: the first two numbers of `uname -r`."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert found is not None
+    return int(found[1]), int(found[2])
 
 
 @cache
@@ -430,6 +432,12 @@ def _syscall(name: str, *arguments: Any) -> int:
     if machine not in _SYSCALLS:
         raise UnsupportedError(f"{machine} is not supported; supported are {', '.join(_SYSCALLS)}")
     return int(libc().syscall(_SYSCALLS[machine][name], *arguments))
+
+
+def os_error() -> OSError:
+    """The error of the system call before."""
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
 
 
 def address(data: bytes) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from typing import Any, Final
 
-MAGIC: Final = 0xEB9F
+_MAGIC: Final = 0xEB9F
 HEADER: Final = struct.Struct("=HBBIIIII")  # struct btf_header: magic … hdr_len, type_off/len, str_off/len
 
 # BTF_KIND_*
@@ -37,7 +37,7 @@ _REFERENCES = frozenset({PTR, TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG})
 _FIXED = (0, 1, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0)
 _EACH = (0, 0, 0, 0, 3, 3, 2, 0, 0, 0, 0, 0, 0, 2, 0, 3, 0, 0, 0, 3)
 
-SUFFIX: Final = "___kernel"
+_SUFFIX: Final = "___kernel"
 
 # Types that BCC's own headers, and what it generates, use without the program naming them.
 _ALWAYS = "pt_regs user_pt_regs user_regs_struct bpf_raw_tracepoint_args bpf_stack_build_id __sk_buff xdp_md"
@@ -59,7 +59,7 @@ class Btf:
                 "the kernel's BTF is empty or cut off; compile with kernel headers instead"
             )
         magic, _, _, header, types, types_length, strings, strings_length = HEADER.unpack_from(data)
-        if magic != MAGIC:
+        if magic != _MAGIC:
             raise UnsupportedError(
                 "not BTF of this machine's byte order; compile with kernel headers instead"
             )
@@ -189,7 +189,7 @@ class Btf:
             name = words[row]
             if name not in moved:
                 moved[name] = len(strings)
-                strings += self._strings[name : self._strings.index(b"\0", name)] + SUFFIX.encode() + b"\0"
+                strings += self._strings[name : self._strings.index(b"\0", name)] + _SUFFIX.encode() + b"\0"
             struct.pack_into("=I", data, self._types + 4 * row, moved[name])
         header: list[int] = list(HEADER.unpack_from(data))
         header[6:8] = len(data) - header[3], len(strings)

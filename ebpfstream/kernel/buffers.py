@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, Protocol, get_args
+from typing import Final, Literal, Protocol
 
-from ebpfstream.errors import ArgumentError, UnsupportedError
+from ebpfstream.errors import UnsupportedError
 from ebpfstream.kernel import perfbuf, ringbuf
 from ebpfstream.kernel.bpf import Map, online_cpus
 from ebpfstream.kernel.perfbuf import PerfBuffer
 from ebpfstream.kernel.ringbuf import RingBuffer
+from ebpfstream.options import check_choice
 from ebpfstream.records import Records
 
 Kind = Literal["auto", "ring", "perf"]
@@ -59,8 +60,7 @@ class Buffer(Protocol):
 
 def check(kind: str, size: int) -> None:
     """Raise ArgumentError for a kind that there is not, or a size that it cannot have on this machine."""
-    if kind not in get_args(Kind):
-        raise ArgumentError(f'buffer={kind!r} is unknown: give "ring", "perf" or "auto"')
+    check_choice("buffer", kind, Kind)
     if kind == "perf":
         perfbuf.ring_bytes(size, len(online_cpus()))
     else:

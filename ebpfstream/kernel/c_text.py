@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-_COMMENT_OR_LITERAL: Final = re.compile(
-    r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", re.DOTALL
-)
+from ebpfstream.kernel.shim import COMMENT_OR_LITERAL
+
 _SUBMISSION: Final = re.compile(
     r"\b(\w+)\s*\.\s*(perf_submit|perf_submit_skb|ringbuf_output|ringbuf_submit)\s*\("
 )
@@ -43,7 +42,7 @@ class Submission(NamedTuple):
 
 def blanked(text: str) -> str:
     """The text with comments and literals replaced by blanks, so that every other character is where it was."""
-    return _COMMENT_OR_LITERAL.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
+    return COMMENT_OR_LITERAL.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
 
 
 def submissions(text: str) -> list[Submission]:

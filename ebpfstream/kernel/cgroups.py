@@ -17,12 +17,14 @@ import errno
 import os
 import struct
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Final, NamedTuple
 
 from ebpfstream.errors import ArgumentError
-from ebpfstream.kernel.bpf import libc
+from ebpfstream.kernel.bpf import libc, os_error
 from ebpfstream.kernel.mounts import unescaped
 
 # struct file_handle (include/linux/fs.h), handle_bytes and handle_type, and the node's id, in the
@@ -36,6 +38,9 @@ _REFUSED: Final = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP}
 # There is no such cgroup: no node of this id or a removed one, or the id of a file in a cgroup.
 _GONE: Final = {errno.ESTALE, errno.ENOENT, errno.ENOTDIR}
 
+_ROOT: Final = 1
+"""The id of the root: the first that a hierarchy gives (__kernfs_new_node(), fs/kernfs/dir.c)."""
+
 _MOST_WALKED: Final = 16_384
 """Cgroups that a walk looks at: some 0.2 s."""
 
@@ -47,15 +52,6 @@ class _Mount(NamedTuple):
 
 _mount: _Mount | None = None
 _walked: dict[int, str] = {}
-
-
-def mount_point() -> Path | None:
-    """Where the cgroup v2 hierarchy is mounted, or None.
-
-    Of several mounts, the one that shows most of it.  Read again if it is no longer there.
-    """
-    mount = _mounted()
-    return Path(mount.path) if mount else None
 
 
 def path_of(cgroup_id: int) -> str | None:
@@ -105,18 +101,31 @@ def id_of(path: str | os.PathLike[str]) -> int:
     )
 
 
+def level_of(cgroup_id: int) -> int:
+    """How far below the root a cgroup is; the root is at level 0 (struct cgroup, include/linux/cgroup-defs.h).
+
+    Raises ArgumentError where the root is not to be seen, as in a cgroup namespace of one's own.
+    """
+    mount = _mounted()
+    if mount is not None and _inode(mount.path) != _ROOT:
+        raise ArgumentError(
+            f"filters by cgroup count from the root of the hierarchy, which {mount.path} does not show: run in the "
+            "host's cgroup namespace (docker run --cgroupns=host), or mount all of the hierarchy"
+        )
+    return len([name for name in (path_of(cgroup_id) or "").split("/") if name])
+
+
 def _by_handle(mount: _Mount, cgroup_id: int) -> str | None:
     handle = ctypes.create_string_buffer(_HANDLE.pack(_ID_BYTES, _FILEID_KERNFS, cgroup_id), _HANDLE.size)
     anchor = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)  # O_PATH would be EBADF
     try:
         fd = libc().open_by_handle_at(anchor, handle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        code = ctypes.get_errno()
     finally:
         os.close(anchor)
     if fd < 0:
-        if code in _GONE:
+        if ctypes.get_errno() in _GONE:
             return None
-        raise OSError(code, os.strerror(code))
+        raise os_error()
     try:
         return _path_of_descriptor(mount, cgroup_id, fd)
     finally:
@@ -154,19 +163,22 @@ def _walk(mount: _Mount) -> dict[int, str]:
     waiting = deque([""])
     while waiting:
         parent = waiting.popleft()
-        try:
-            with os.scandir(mount.path + parent) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if len(found) >= _MOST_WALKED:
-                            return found
-                        path = f"{parent}/{entry.name}"
-                        # d_ino is the whole id (kernfs_fop_readdir(), fs/kernfs/dir.c): no stat needed.
-                        found[entry.inode()] = path
-                        waiting.append(path)
-        except OSError:  # removed meanwhile, or not for us
-            continue
+        for name, number in _children(mount.path + parent):
+            if len(found) >= _MOST_WALKED:
+                return found
+            path = f"{parent}/{name}"
+            found[number] = path
+            waiting.append(path)
     return found
+
+
+def _children(path: str) -> Iterator[tuple[str, int]]:
+    """Names and ids of a cgroup's children; none, or not all, if it is removed meanwhile or not for us."""
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                # d_ino is the whole id (kernfs_fop_readdir(), fs/kernfs/dir.c): no stat needed.
+                yield entry.name, entry.inode()
 
 
 def _inode(path: str) -> int | None:
@@ -182,6 +194,7 @@ def _status(path: str) -> os.stat_result | None:
 
 
 def _mounted() -> _Mount | None:
+    """The mount of the hierarchy; of several the one that shows most of it.  Read again if it is no longer there."""
     global _mount
     if _mount is None or not _is_there(_mount):
         _mount = _widest(Path("/proc/self/mountinfo").read_bytes())

@@ -33,7 +33,7 @@ _FOLDER: Final = "programs"
 _ABANDONED: Final = 3600.0  # so many seconds old, an unfinished file belongs to a process that was killed
 # What makes a text into what the compiler sees, and this file's own format.
 _SOURCES: Final = ("bcc.py", "btf.py", "compiled.py", "headers.py", "shim.py")
-_OWN_HEADER: Final = re.compile(rb'(?m)^[ \t]*#[ \t]*include[ \t]*"([^"]+)"')
+_OWN_HEADER: Final = re.compile(bcc.OWN_HEADER.pattern.encode())  # in bytes
 _LIBRARY: Final = "libbcc.so.0"
 _LIBRARY_FOLDERS: Final = (
     "lib*",

@@ -6,29 +6,24 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 import anyio
 
-from ebpfstream import errors
-from ebpfstream.errors import CompileError, EbpfStreamError
+from ebpfstream.errors import CompileError
+from ebpfstream.kernel import bcc, child
 from ebpfstream.kernel.bpf import Map, MapType, instructions_of
 from ebpfstream.turns import to_the_end
 
-# Appended, so that no module of site-packages can stand in for one of the standard library.
-_CHILD: Final = "import sys; sys.path.append(sys.argv[2]); from ebpfstream.kernel import bcc; bcc.main()"
-_PACKAGE_PARENT: Final = Path(__file__).parents[2]
 _ERRORS_SHOWN: Final = 3
 _CALL_POINTER: Final = 0x8D
 # What clang says of names that only headers have.
 _WITHOUT_HEADERS: Final = ("use of undeclared identifier", "implicit declaration of function")
-_FD_SPACE: Final = socket.CMSG_SPACE(4 * 253)  # SCM_MAX_FD, include/net/scm.h
+_FD_SPACE: Final = socket.CMSG_SPACE(4 * bcc.SCM_MAX_FD)
 
 
 class Described(NamedTuple):
@@ -64,46 +59,51 @@ async def compile(text: str, cflags: Sequence[str] = ()) -> Module:  # noqa: A00
     Raises BccNotFoundError, UnsupportedError (no BTF and no headers), CompileError.
     """
     ours, theirs = socket.socketpair()
-    with (
-        ours,
-        tempfile.TemporaryFile() as request,
-        tempfile.TemporaryFile() as log,
-    ):
-        request.write(json.dumps({"text": text, "cflags": list(cflags)}).encode())
-        request.seek(0)
+    with ours, tempfile.TemporaryFile() as request, tempfile.TemporaryFile() as log:
         with theirs:
-            child = subprocess.Popen(  # noqa: ASYNC220  # returns when it runs, a millisecond later
-                [
-                    sys.executable or "python3",
-                    "-I",
-                    "-S",
-                    "-c",
-                    _CHILD,
-                    str(theirs.fileno()),
-                    str(_PACKAGE_PARENT),
-                ],
-                stdin=request,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                cwd="/",
-                process_group=0,  # a terminal's Ctrl-C is for us alone
-            )
-        received: list[int] = []
-        try:
-            body = await _receive(ours, received)
-        except BaseException:
-            child.kill()
-            try:
-                await to_the_end(_receive, ours, received)
-            finally:
-                for fd in received:
-                    os.close(fd)
-            raise
-        finally:
-            child.wait()  # its end of the socket is closed last of all: this does not block
+            request.write(json.dumps({"text": text, "cflags": list(cflags)}).encode())
+            request.seek(0)
+            process = _started(request, log, theirs)
+        body, received = await _received_whole(ours, process)
         log.seek(0)
-        return _module(body, received, log.read().decode(errors="replace"), child.returncode)
+        return _module(body, received, log.read().decode(errors="replace"), process.returncode)
+
+
+def _started(request: IO[bytes], log: IO[bytes], theirs: socket.socket) -> subprocess.Popen[bytes]:
+    """The child; returns when it runs, a millisecond later."""
+    command = child.command("bcc", str(theirs.fileno()))
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=request,
+            stdout=log,
+            stderr=log,
+            pass_fds=[theirs.fileno()],
+            cwd="/",
+            process_group=0,  # a terminal's Ctrl-C is for us alone
+        )
+    except OSError as error:
+        raise CompileError(
+            f"the compiler's process cannot be started: {command[0]}: {error.strerror}; it is this Python, which this "
+            "user must be able to execute"
+        ) from error
+
+
+async def _received_whole(ours: socket.socket, process: subprocess.Popen[bytes]) -> tuple[bytes, list[int]]:
+    """All that the child hands back until it has ended; cancelled, it leaves neither the child nor a descriptor."""
+    received: list[int] = []
+    try:
+        return await _receive(ours, received), received
+    except BaseException:
+        process.kill()
+        try:
+            await to_the_end(_receive, ours, received)
+        finally:
+            for fd in received:
+                os.close(fd)
+        raise
+    finally:
+        process.wait()  # its end of the socket is closed last of all: this does not block
 
 
 async def _receive(parent: socket.socket, received: list[int]) -> bytes:
@@ -129,11 +129,8 @@ def _module(body: bytes, received: list[int], log: str, returncode: int) -> Modu
             log,
         )
     result: dict[str, Any] = json.loads(body)
-    if "error" in result:
-        kind: type[EbpfStreamError] = getattr(errors, result["error"])
-        if kind is CompileError:
-            raise CompileError(_message(result["message"], log), log)
-        raise kind(result["message"])
+    if failure := child.error_of(result):
+        raise CompileError(_message(str(failure), log), log) if isinstance(failure, CompileError) else failure
     maps: dict[str, Map] = {}
     numbered: dict[int, Map] = {}
     described: dict[str, Described] = {}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT: Final = 3  # raise it when trees come out differently: it makes the cached ones unreachable
 KEEP: Final = {"reduced-": 64, "whole-": 8}  # a whole tree is 3 MB, a reduced one a fiftieth
-IN_USE: Final = 3600.0  # a tree used so many seconds ago may still be compiled against
+_IN_USE: Final = 3600.0  # a tree used so many seconds ago may still be compiled against
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _RELEASE: Final = os.uname().release
@@ -243,26 +243,33 @@ def _prune(root: Path) -> None:
     """Remove the trees used longest ago, beyond those to keep, and what killed processes left."""
     import shutil
 
-    now, trees, doomed = time.time(), dict[str, list[tuple[float, Path]]](), list[Path]()
+    doomed: list[Path] = []
     try:
         with _locked(root, fcntl.LOCK_EX):
-            for entry in os.scandir(root):
-                used = entry.stat(follow_symlinks=False).st_mtime
-                prefix = entry.name[: entry.name.find("-") + 1]
-                trees.setdefault(prefix, []).append((used, Path(entry)))
-            for prefix, found in trees.items():
-                if prefix in (*KEEP, ".new-", ".old-"):
-                    found.sort(reverse=True)
-                    for used, path in found[KEEP.get(prefix, 0) :]:
-                        if now - used > IN_USE:
-                            # Renamed first: half of a tree must not be found under its name.
-                            aside = path.with_name(f".old-{os.getpid()}-{path.name}")
-                            path.rename(aside)
-                            doomed.append(aside)
+            for path in _superfluous(root):
+                # Renamed first: half of a tree must not be found under its name.
+                aside = path.with_name(f".old-{os.getpid()}-{path.name}")
+                path.rename(aside)
+                doomed.append(aside)
     except OSError:
         pass  # another process prunes, or the next one will
     for path in doomed:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _superfluous(root: Path) -> list[Path]:
+    """What is beyond the number to keep of its kind, and not in use."""
+    trees: dict[str, list[tuple[float, Path]]] = {}
+    for entry in os.scandir(root):
+        prefix = entry.name[: entry.name.find("-") + 1]
+        if prefix in (*KEEP, ".new-", ".old-"):
+            used = entry.stat(follow_symlinks=False).st_mtime
+            trees.setdefault(prefix, []).append((used, Path(entry)))
+    now, superfluous = time.time(), list[Path]()
+    for prefix, found in trees.items():
+        found.sort(reverse=True)
+        superfluous += [path for used, path in found[KEEP.get(prefix, 0) :] if now - used > _IN_USE]
+    return superfluous
 
 
 def cache_directory() -> Path | None:

@@ -11,7 +11,7 @@ from typing import Final
 
 from ebpfstream.errors import EbpfStreamError, UnsupportedError
 from ebpfstream.kernel import tracefs
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.names import did_you_mean, near
 
 # How the kernel prefixes the functions of system calls: arch/*/include/asm/syscall_wrapper.h.
 _PREFIXES: Final = (

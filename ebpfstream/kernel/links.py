@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from ebpfstream.errors import ArgumentError, AttachError, EbpfStreamError, UnsupportedError
 from ebpfstream.kernel import kprobes
 from ebpfstream.kernel.bpf import (
+    ENOTSUPP,
     Descriptor,
     Program,
     ProgramType,
@@ -38,7 +39,6 @@ _ATTRIBUTES: Final = struct.Struct("<IIQQQQQIIQQ")
 _DISABLED, _FREQUENCY = 1 << 0, 1 << 10
 
 _PMUS: Final = Path("/sys/bus/event_source/devices")
-_ENOTSUPP = 524  # the kernel's own; include/linux/errno.h
 
 
 class RawTracepoint(NamedTuple):
@@ -295,7 +295,7 @@ def _reason(hook: Hook, code: int) -> str:
             errno.ESRCH: "there is no such process",
             errno.EINVAL: "this is no regular file, or it ends before that offset",
             errno.ENOEXEC: "no instruction begins at that offset",
-            _ENOTSUPP: "the kernel cannot put a probe on the instruction there",
+            ENOTSUPP: "the kernel cannot put a probe on the instruction there",
         }
     elif isinstance(hook, PerfEvent):
         unknown = "this machine does not count such events (virtual machines often have no hardware counters)"

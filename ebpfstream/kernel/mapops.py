@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ebpfstream.errors import UnsupportedError
-from ebpfstream.kernel.bpf import Map, MapType, address, bpf
+from ebpfstream.kernel.bpf import ENOTSUPP, OBJ_GET_INFO_BY_FD, Map, MapType, address, bpf, os_error
 
 NOEXIST: Final = 1
 """BPF_NOEXIST: update only if there is no such element."""
@@ -24,13 +24,13 @@ BATCH: Final = 512
 """Elements that are copied at once, at most: what is to be decoded between two turns of an event loop."""
 
 _BATCH_BYTES: Final = 1 << 18
-_GET_NEXT_KEY, _OBJ_GET_INFO_BY_FD, _LOOKUP_AND_DELETE = 4, 15, 21
+_GET_NEXT_KEY, _LOOKUP_AND_DELETE = 4, 21
 _BATCH_LAYOUT: Final = struct.Struct("<QQQQIIQQ")
 _COUNT_OFFSET: Final = 32
 _FRUITLESS: Final = 100  # attempts in a row that find a bucket locked
 
-# The kernel does not know the command for this type of map; ENOTSUPP has no name outside of it.
-_ENOTSUPP: Final = 524
+# The kernel does not know the command for this type of map.
+_NO_SUCH_COMMAND: Final = (ENOTSUPP, errno.EOPNOTSUPP)
 # Locks that would not be had (htab_lock_bucket() in kernel/bpf/hashtab.c), or elements that went.
 _NOT_NOW: Final = (errno.EBUSY, errno.EAGAIN, errno.EINTR, errno.EDEADLK, errno.ETIMEDOUT)
 # Errors before the kernel has set the count to 0, and the one after which it does not say it.
@@ -107,7 +107,7 @@ def _batch(made: Map, command: Batch, where: tuple[int, ...], room: int) -> tupl
     code = ctypes.get_errno() if bpf(command, attributes) < 0 else 0
     (count,) = struct.unpack_from("<I", attributes, _COUNT_OFFSET)
     # For an element that cannot be set EINVAL stands as well; then not all of them were.
-    if code in (_ENOTSUPP, errno.EOPNOTSUPP) or (code == errno.EINVAL and count == room):
+    if code in _NO_SUCH_COMMAND or (code == errno.EINVAL and count == room):
         _missing.add((made.type, command))
         raise _unsupported(made, command)
     if code in _UNCOUNTED and (command is not Batch.UPDATE or count == room):
@@ -128,10 +128,9 @@ def take(made: Map, key: bytes) -> bytes | None:
     value = ctypes.create_string_buffer(made.value_length)
     attributes = struct.pack("<IIQQQ", made.fd, 0, address(key), ctypes.addressof(value), 0)
     if bpf(_LOOKUP_AND_DELETE, attributes) < 0:
-        code = ctypes.get_errno()
-        if code == errno.ENOENT:
+        if ctypes.get_errno() == errno.ENOENT:
             return None
-        raise OSError(code, os.strerror(code))
+        raise os_error()
     return value.raw
 
 
@@ -145,10 +144,9 @@ def next_key(made: Map, key: bytes | None) -> bytes | None:
         "<IIQQ", made.fd, 0, 0 if key is None else address(key), ctypes.addressof(following)
     )
     if bpf(_GET_NEXT_KEY, attributes) < 0:
-        code = ctypes.get_errno()
-        if code == errno.ENOENT:
+        if ctypes.get_errno() == errno.ENOENT:
             return None
-        raise OSError(code, os.strerror(code))
+        raise os_error()
     return following.raw
 
 
@@ -164,9 +162,8 @@ class Info(NamedTuple):
 def info(made: Map) -> Info:
     """Ask the kernel.  Linux ≥ 4.15 tells names, ≥ 5.2 what is frozen."""
     found = ctypes.create_string_buffer(40)
-    if bpf(_OBJ_GET_INFO_BY_FD, struct.pack("<IIQ", made.fd, len(found), ctypes.addressof(found))) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    if bpf(OBJ_GET_INFO_BY_FD, struct.pack("<IIQ", made.fd, len(found), ctypes.addressof(found))) < 0:
+        raise os_error()
     number, flags, name = struct.unpack_from("<4xI12xI16s", found)
     lines = Path(f"/proc/self/fdinfo/{made.fd}").read_text().splitlines()
     return Info(number, flags, name.partition(b"\0")[0].decode(), "frozen:\t1" in lines)

@@ -14,7 +14,7 @@ from ebpfstream.kernel import mapops
 from ebpfstream.kernel.bpf import PER_CPU, Map, MapType, Program
 from ebpfstream.kernel.mapops import BATCH, Batch
 from ebpfstream.kernel.mapvalues import Codec, EachCpu, Plain, Snapshot
-from ebpfstream.kernel.typedmap import TypedMap as TypedMap
+from ebpfstream.kernel.typedmap import TypedMap
 
 _STEP: Final = 256  # elements that are read one by one before other tasks get their turn
 _PASSES: Final = 5  # through a trie, for two in a row to find the same keys

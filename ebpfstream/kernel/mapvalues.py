@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from ebpfstream.c_types import CType, Float, Number
 from ebpfstream.errors import ArgumentError
+from ebpfstream.events import Integer
 from ebpfstream.kernel.bpf import possible_cpus
 
 
@@ -62,10 +63,6 @@ def _difference(value: Any, before: Any) -> Any:
     return value if before is None or value < before else value - before
 
 
-# struct's letters for numbers by their size and whether they have a sign.
-_LETTERS: Final = {1: "Bb", 2: "Hh", 4: "Ii", 8: "Qq"}
-
-
 class Codec(ABC):
     """Bytes ↔ a map's keys, or its values; `length` bytes each."""
 
@@ -91,8 +88,8 @@ class Plain(Codec):
         self.type = type
         self.length = length
         self._format = ""
-        if isinstance(type, Number) and type.size in _LETTERS and not type.truth:
-            self._format = f"<{_LETTERS[type.size][type.signed]}{length - type.size}x"
+        if isinstance(type, Number) and type.size <= 8 and not type.truth:  # struct has none of 16 bytes
+            self._format = f"<{Integer(type.size, type.signed).letter}{length - type.size}x"
         elif isinstance(type, Float):
             self._format = f"<{'f' if type.size == 4 else 'd'}{length - type.size}x"
 

@@ -31,7 +31,7 @@ _CAME: Final = re.compile(rb"online@/devices/system/cpu/cpu(\d+)\0")
 
 # Records of one drain from which on gathering them costs less than being woken for each.
 _BUSY: Final = 32
-# How long a program that has picked the event that wakes nobody may take to use it, mostly.
+# Seconds that a program which has picked the event that wakes nobody may take to use it, mostly.
 _SETTLING: Final = 0.02
 
 

@@ -216,12 +216,8 @@ class Part:
         self.end = position
         self.count = sum(run[3] for run in runs)
 
-    def first_time(self) -> int:
-        """When the kernel took the first sample, in nanoseconds of CLOCK_MONOTONIC."""
-        return self._words[(self.records.runs[0][0] >> 3) + 1]
-
     def last_time(self) -> int:
-        """The same of the last one."""
+        """When the kernel took the last sample, in nanoseconds of CLOCK_MONOTONIC."""
         position, stride, _, count = self.records.runs[-1]
         return self._words[(position + stride * (count - 1) >> 3) + 1]
 

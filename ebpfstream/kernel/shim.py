@@ -32,7 +32,7 @@ class Program(NamedTuple):
     includes: frozenset[str]
 
 
-_COMMENT_OR_LITERAL = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", re.DOTALL)
+COMMENT_OR_LITERAL = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", re.DOTALL)
 _ATTRIBUTE = re.compile(
     r"\b(?:__packed|__maybe_unused|__always_inline|noinline|__user|__kernel|__rcu|__percpu)\b"
     r"|\b__aligned\s*\([^()]*\)"
@@ -51,7 +51,7 @@ _VARIABLE = re.compile(r"(?:\b([A-Za-z_]\w*)[\s*]+|\}\s*)([A-Za-z_]\w*)\s*(?=[;=
 def read_program(text: str) -> Program:
     """Find what matters in C text, comments and literals left out."""
     text = re.sub(r"\\\r?\n", " ", text)
-    text = _COMMENT_OR_LITERAL.sub(lambda found: '""' if found[0][0] == '"' else " ", text)
+    text = COMMENT_OR_LITERAL.sub(lambda found: '""' if found[0][0] == '"' else " ", text)
     identifiers = set(re.findall(r"[A-Za-z_]\w*", text))
     # BCC's macro pastes the name of its argument's type together.
     identifiers.update("bpf_iter__" + target for target in re.findall(r"\bBPF_ITER\s*\(\s*(\w+)", text))

@@ -17,15 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from ebpfstream import errors
 from ebpfstream.errors import ArgumentError, AttachError, EbpfStreamError
-from ebpfstream.kernel import bcc
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.kernel import bcc, child
+from ebpfstream.names import did_you_mean, near
 
-_CHILD: Final = (
-    "import sys; sys.path.append(sys.argv[1]); from ebpfstream.kernel import symbols; symbols.main()"
-)
-_PACKAGE_PARENT: Final = Path(__file__).parents[2]
 _TIME_LIMIT: Final = 60  # seconds; a debug file of gigabytes takes some
 
 _STT_GNU_IFUNC: Final = 10  # elf.h
@@ -71,7 +66,7 @@ def _absolute(name: str) -> str:
 def _ask(request: dict[str, Any]) -> list[tuple[str, int]]:
     try:
         done = subprocess.run(
-            [sys.executable or "python3", "-I", "-S", "-c", _CHILD, str(_PACKAGE_PARENT)],
+            child.command("symbols"),
             input=json.dumps(request).encode(),
             capture_output=True,
             timeout=_TIME_LIMIT,
@@ -90,9 +85,8 @@ def _ask(request: dict[str, Any]) -> list[tuple[str, int]]:
             + (f": {said[-1]}" if said else " and said nothing of it")
         )
     result = json.loads(done.stdout)
-    if "error" in result:
-        kind: type[EbpfStreamError] = getattr(errors, result["error"])
-        raise kind(result["message"])
+    if failure := child.error_of(result):
+        raise failure
     return [(path, offset) for path, offset in result["places"]]
 
 
@@ -235,7 +229,7 @@ def main() -> None:
         resolver = _Resolver(bcc.load(bcc.find()))
         result: dict[str, Any] = {"places": _places(resolver, json.load(sys.stdin))}
     except EbpfStreamError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
+        result = child.answer(error)
     with os.fdopen(answer, "w") as file:
         json.dump(result, file)
     os._exit(0)  # LLVM's destructors have nothing to add

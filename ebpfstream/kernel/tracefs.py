@@ -10,7 +10,7 @@ from typing import Final
 from ebpfstream.errors import AttachError, PrivilegeError, UnsupportedError
 from ebpfstream.kernel.bpf import libc
 from ebpfstream.kernel.mounts import unescaped
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.names import did_you_mean, near
 
 # Documentation/trace/ftrace.rst
 _USUAL: Final = Path("/sys/kernel/tracing")

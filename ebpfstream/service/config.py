@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ebpfstream import redaction
+from ebpfstream.catalogue import EVENT_TYPES
 from ebpfstream.codec import selection
 from ebpfstream.conditions import condition
 from ebpfstream.errors import ArgumentError
@@ -41,8 +42,6 @@ from ebpfstream.service.toml_lines import Lines, TomlError, dotted, loads
 from ebpfstream.sink import Sink, open_sink
 from ebpfstream.sink_url import SinkURL
 from ebpfstream.syscall_names import number_of
-from ebpfstream.tracers.execve import ExecEvent
-from ebpfstream.tracers.syscalls import SyscallEvent
 
 EXAMPLE: Final = Path(__file__).with_name("example.toml")
 """A configuration to begin with: all keys, and what they mean."""
@@ -54,12 +53,11 @@ then costs a sixth of the CPU that it takes with a stream's own 2 ms."""
 Kind = Literal["execve", "syscalls", "program"]
 """Where events come from: a ready-made stream, or a program of one's own."""
 
-_EVENT_TYPES: Final[dict[str, type[Any]]] = {"execve": ExecEvent, "syscalls": SyscallEvent}
 # Keys that not all kinds of sources have.
-_KINDS_OF: Final[dict[str, tuple[Kind, ...]]] = {
-    "filters": ("execve", "syscalls"),
-    "buffer": ("execve", "syscalls"),
-    "overload": ("execve", "syscalls"),
+_KINDS_OF: Final[dict[str, tuple[str, ...]]] = {
+    "filters": tuple(EVENT_TYPES),
+    "buffer": tuple(EVENT_TYPES),
+    "overload": tuple(EVENT_TYPES),
     "failed": ("execve",),
     "calls": ("syscalls",),
     "ignore": ("syscalls",),
@@ -253,7 +251,7 @@ class SourceConfig(_Table):
     @field_validator("where")
     @classmethod
     def _holds_or_not(cls, where: str | None, info: ValidationInfo) -> str | None:
-        event_type = _EVENT_TYPES.get(info.data.get("kind", ""))
+        event_type = EVENT_TYPES.get(info.data.get("kind", ""))
         if where is not None and event_type is not None:
             condition(event_type, where)
         return where
@@ -261,9 +259,9 @@ class SourceConfig(_Table):
     @field_validator("fields")
     @classmethod
     def _of_the_type(cls, fields: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
-        event_type = _EVENT_TYPES.get(info.data.get("kind", ""))
+        event_type = EVENT_TYPES.get(info.data.get("kind", ""))
         if fields is not None and (event_type is not None or not fields):
-            selection(event_type or ExecEvent, fields)
+            selection(event_type or EVENT_TYPES["execve"], fields)
         return fields
 
     @field_validator("buffer_size")

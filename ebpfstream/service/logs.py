@@ -7,21 +7,20 @@ import logging
 import math
 import os
 import select
-import socket
-import stat
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple
 
 import structlog
 from structlog.dev import ConsoleRenderer, plain_traceback
 from structlog.stdlib import ExtraAdder, ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from ebpfstream.errors import ArgumentError
-from ebpfstream.text import printable
+from ebpfstream.descriptors import SharedOutput
+from ebpfstream.options import check_choice
+from ebpfstream.text import encodable, printable
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "text"]
@@ -33,7 +32,6 @@ WINDOW: Final = 10.0
 
 _OURS: Final = "ebpfstream"
 _MOST_PLACES: Final = 1000
-_PIPE_BUF: Final = 4096  # a pipe that polls writable takes so many bytes without blocking (pipe(7))
 _CLOSING: Final = 1.0  # seconds that the last lines may take
 
 _extra: Final = ExtraAdder()
@@ -52,8 +50,7 @@ def configure(level: str = "info", format: Format = "auto", *, fd: int = 2) -> A
     values) that come more often than `MOST` in `WINDOW` seconds (`suppressed`).
     """
     global _handler
-    if format not in get_args(Format):
-        raise ArgumentError(f'format={format!r} is unknown: give "auto", "json" or "text"')
+    check_choice("format", format, Format)
     set_level(level)
     close()
     _handler = _Handler(_Writer(fd), _formatter(format, terminal=os.isatty(fd)))
@@ -71,8 +68,7 @@ def configure(level: str = "info", format: Format = "auto", *, fd: int = 2) -> A
 
 def set_level(level: str) -> None:
     """Log from this level on.  Raises ArgumentError."""
-    if level not in get_args(Level):
-        raise ArgumentError(f'level={level!r} is unknown: give "debug", "info", "warning" or "error"')
+    check_choice("level", level, Level)
     ours = logging.getLogger(_OURS)
     ours.setLevel(level.upper())
     logging.getLogger().setLevel(max(ours.level, logging.WARNING))
@@ -189,34 +185,16 @@ class _Handler(logging.Handler):
 
 
 class _Writer:
-    """Writes to a descriptor that may block and is shared with other processes, as far as there is room.
-
-    Making it non-blocking would change it for all who share it: see StdoutSink, which waits for room, as this does
-    not.  What it cannot open once more, it asks first.  A file it writes as it is: that takes as long as its disk does.
-    """
+    """Writes lines, as far as there is room; StdoutSink waits for that, and this does not."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = -1
-        self._socket: socket.socket | None = None
-        self._asks_first = False
+        self._output: SharedOutput | None = None
+        with suppress(OSError):  # there is no standard error
+            self._output = SharedOutput(fd)
         self._rest = b""
         """What has to be written before anything else: the end of a line."""
         self.patient_until = 0.0
         """The time, on the monotonic clock, until which it may wait for room."""
-        try:
-            kind = os.fstat(fd).st_mode
-        except OSError:
-            return  # there is no standard error
-        if stat.S_ISFIFO(kind) or os.isatty(fd):
-            try:
-                self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            except OSError:  # opened by another user, who handed it to us
-                self._fd = os.dup(fd)
-                self._asks_first = True
-        else:
-            self._fd = os.dup(fd)
-            if stat.S_ISSOCK(kind):
-                self._socket = socket.socket(fileno=self._fd)
 
     def write(self, line: bytes) -> bool:
         """Whether the line is written, or begun: then its end comes before the next one."""
@@ -229,35 +207,29 @@ class _Writer:
 
     def _written(self, data: bytes) -> int:
         done = 0
-        while done < len(data):
-            if self._asks_first and not self._has_room():
+        output = self._output
+        while output is not None and done < len(data):
+            if output.asks_first and not self._has_room(output):
                 break
             try:
-                done += self._some(data[done:])
+                done += output.some(data[done:])
             except BlockingIOError:
-                if not self._has_room():
+                if not self._has_room(output):
                     break
-            except OSError:  # nobody reads any more, a disk is full, there is none
+            except OSError:  # nobody reads any more, or a disk is full
                 break
         return done
 
-    def _some(self, data: bytes) -> int:
-        if self._socket is not None:
-            return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        return os.write(self._fd, data[:_PIPE_BUF] if self._asks_first else data)
-
-    def _has_room(self) -> bool:
+    def _has_room(self, output: SharedOutput) -> bool:
         poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
+        poll.register(output.fd, select.POLLOUT)
         return bool(poll.poll(max(self.patient_until - time.monotonic(), 0) * 1000))
 
     def close(self) -> None:
         """Write what is left of a line, if that can be soon."""
         self._written(self._rest)
-        if self._socket is not None:
-            self._socket.close()
-        elif self._fd >= 0:
-            os.close(self._fd)
+        if self._output is not None:
+            self._output.close()
 
 
 # --- what a record looks like
@@ -323,7 +295,7 @@ def _in_order(logger: WrappedLogger, method: str, fields: EventDict) -> EventDic
 
 def _plain(logger: WrappedLogger, method: str, fields: EventDict) -> EventDict:
     """For JSON."""
-    return {_encodable(name): _value(value, _encodable) for name, value in fields.items()}
+    return {encodable(name): _value(value, encodable) for name, value in fields.items()}
 
 
 def _json_line(logger: WrappedLogger, method: str, fields: EventDict) -> str:
@@ -352,12 +324,7 @@ def _shown(logger: WrappedLogger, method: str, fields: EventDict) -> EventDict:
 
 
 def _printable(text: str) -> str:
-    return printable(_encodable(text))
-
-
-def _encodable(text: str) -> str:
-    """Paths may hold surrogate escapes (PEP 383), which are no text to anybody else."""
-    return text.encode(errors="backslashreplace").decode()
+    return printable(encodable(text))
 
 
 def _value(value: object, text: Callable[[str], str]) -> Any:

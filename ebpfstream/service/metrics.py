@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from ebpfstream import __version__
 from ebpfstream.statistics import ForwardStatistics, SinkStatistics, Statistics
+from ebpfstream.text import encodable
 
 # Fields of the ledgers: the metric's name, without `ebpfstream_stream_` or `ebpfstream_sink_`, and what it means.
 # Those that end with _total are counters.
@@ -107,13 +108,13 @@ def _is_counter(name: str) -> bool:
 
 
 def _samples(source: str, ledger: ForwardStatistics) -> Iterator[_Sample]:
-    labels = (("source", _encodable(source)),)
+    labels = (("source", encodable(source)),)
     yield from _figures("ebpfstream_stream", labels, ledger.stream, _OF_STREAMS)
     yield from _losses(labels, ledger.stream)
     yield _Sample(f"ebpfstream_stream_{_FILTERED}", labels, ledger.filtered)
     names: Counter[str] = Counter()
     for sink in ledger.sinks:
-        name = _encodable(sink.name)
+        name = encodable(sink.name)
         names[name] += 1
         if names[name] > 1:  # two samples of one name and the same labels would spoil the whole answer
             name = f"{name}#{names[name]}"
@@ -139,11 +140,6 @@ def _losses(labels: Labels, stream: Statistics) -> Iterator[_Sample]:
         known["unknown"] = stream.lost - sum(known.values())
     for cause, count in known.items():
         yield _Sample(name, (*labels, ("cause", cause)), count)
-
-
-def _encodable(text: str) -> str:
-    """Names of files may hold bytes that are not UTF-8; in Python's strings these cannot be encoded."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _families(samples: Iterable[_Sample]) -> list[Metric]:

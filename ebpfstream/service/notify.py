@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Final
 
-from ebpfstream.text import printable
+from ebpfstream.text import encodable, printable
 
 _LONGEST: Final = 500  # characters of a status: systemd takes 4,096 bytes of a message (NOTIFY_BUFFER_MAX)
 
@@ -85,5 +85,4 @@ class Notifier:
 
 def _line(text: str) -> str:
     """The text as one line, which cannot hold another variable."""
-    whole = " ".join(text.splitlines()).encode(errors="backslashreplace").decode()
-    return printable(whole)[:_LONGEST]
+    return printable(encodable(" ".join(text.splitlines())))[:_LONGEST]

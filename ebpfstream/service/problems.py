@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from ebpfstream.catalogue import EVENT_TYPES
 from ebpfstream.errors import ArgumentError
-from ebpfstream.kernel.names import did_you_mean, near
+from ebpfstream.names import did_you_mean, near
 from ebpfstream.service.readers import shown
 from ebpfstream.service.toml_lines import Key
 from ebpfstream.sink import open_sink
@@ -15,7 +16,7 @@ from ebpfstream.sink_url import OptionError
 
 _NEEDED: Final = {
     "source": "there is none: add a table [[source]]",
-    "kind": "this key is needed: give execve, syscalls or program",
+    "kind": f"this key is needed: give {', '.join(EVENT_TYPES)} or program",
     "sink": "there is none: add a table [[source.sink]]",
     "address": "this key is needed: give an address such as stdout: or file:/var/log/execs.jsonl",
 }

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal, NoReturn, get_args, get_origin
 
 from ebpfstream import options
 from ebpfstream.errors import ArgumentError
-from ebpfstream.kernel.names import did_you_mean, near
 from ebpfstream.kernel.privileges import entry_of
+from ebpfstream.names import did_you_mean, near
 from ebpfstream.shaping import named_fields
 from ebpfstream.sink_url import option_text
 

@@ -23,11 +23,10 @@ from ebpfstream.service.metrics import LedgerCollector
 from ebpfstream.service.notify import Notifier
 from ebpfstream.service.part import Part
 from ebpfstream.service.reload import difference, merged
-from ebpfstream.statistics import ForwardStatistics
+from ebpfstream.statistics import INCOMPLETE, ForwardStatistics
 
 FAILED: Final = 1
-INCOMPLETE: Final = 3
-"""The exit status when something that a sink had accepted has neither arrived nor is in its spool."""
+"""The exit status when something cannot be opened, or a sink fails for good."""
 
 _LATE: Final = 30.0
 """Seconds after which a sink that repeats by itself, as Kafka's does, counts as unavailable."""
@@ -37,6 +36,8 @@ _log = logging.getLogger("ebpfstream.service")
 
 def run(path: Path) -> int:
     """Run a configuration until SIGTERM or SIGINT; the exit status: 0, FAILED or INCOMPLETE.
+
+    INCOMPLETE it is when something that a sink had accepted has neither arrived nor is in its spool.
 
     SIGHUP lets files be opened anew, and applies what has changed in the configuration as far as that can be while it
     runs; the log says what needs a restart.  When something cannot be opened, or a sink fails for good, the log has the

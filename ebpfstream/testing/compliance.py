@@ -37,7 +37,8 @@ class SinkCompliance(Harness):
     """What `ebpfstream.sink.Sink` promises, as tests: subclass it in a test module, and say how to reach the sink.
 
     `make` and `arrived` must be given.  What else may be given brings tests with it that are not there without.
-    Every test wants a destination of its own: make it in a fixture.
+    Every test wants a destination of its own: make it in a fixture.  Descriptors of this process are counted, so let a
+    server that accepts connections be a process of its own.
     """
 
     pytestmark = pytest.mark.anyio

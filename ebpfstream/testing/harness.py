@@ -82,7 +82,8 @@ class Harness:
     def away(self) -> Other:
         """While it is entered the other end is unavailable (full, locked, stopped); afterwards it is there again.
 
-        An ordinary context manager is entered in the middle of a send, too.
+        An ordinary context manager is entered in the middle of a send, too.  Where the system has buffers between the
+        two, make them small in a subclass: else nothing is ever cut in the middle.
         """
         raise NotImplementedError
 
@@ -206,7 +207,10 @@ class Harness:
             if not now - before and (less or now == before):
                 return
             await anyio.sleep(0.01)
-        raise AssertionError(f"left open: {now - before}; closed, but not its own: {before - now}")
+        raise AssertionError(
+            f"left open: {now - before}; closed, but not its own: {before - now}; "
+            "if the other end is in this process, let it be one of its own"
+        )
 
 
 def _objects(batch: EventBatch[Any]) -> list[Any]:

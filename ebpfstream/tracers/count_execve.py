@@ -17,10 +17,11 @@ from ebpfstream.filters import Filters
 from ebpfstream.kernel import maps
 from ebpfstream.kernel.bpf import MapType, wait_for_running_programs
 from ebpfstream.kernel.links import RawTracepoint
+from ebpfstream.kernel.mapvalues import Snapshot
 from ebpfstream.kernel.typedmap import TypedMap
-from ebpfstream.making import make_batch
+from ebpfstream.making import batch_of
 from ebpfstream.readymade import BPF_FOLDER, Counters, MapSpec, Programs
-from ebpfstream.snapshots import Snapshot, Ticks
+from ebpfstream.snapshots import Ticks
 from ebpfstream.statistics import Statistics
 from ebpfstream.turns import Stream
 
@@ -75,8 +76,9 @@ class ExecCounts(Stream):
     `forward` takes it as it is: sinks are given an ExecCount for each user who has executed something
     since the last time.
 
-    Leaving the block, or dropping the last reference without one, detaches; `read()` then has the final
-    counts.  One task at a time may iterate.  Works on asyncio (uvloop too) and trio.
+    Leaving the block, `aclose()`, or dropping the last reference without either, detaches and frees
+    everything; `read()` then has the final counts.  One task at a time may iterate.  Works on asyncio
+    (uvloop too) and trio.
     """
 
     event_type = ExecCount
@@ -118,7 +120,7 @@ class ExecCounts(Stream):
             self._told = counts
             self._made += len(grown)
             events = [ExecCount.of(uid, count, counts[uid], now) for uid, count in sorted(grown.items())]
-            self._rest = make_batch(ExecCount, events, wall_clock_offset=wall_clock_offset())
+            self._rest = batch_of(ExecCount, events, wall_clock_offset=wall_clock_offset())
         part = self._rest[:most]
         self._rest = self._rest[len(part) :]
         self._delivered += len(part)
@@ -183,14 +185,6 @@ class ExecCounts(Stream):
             self._programs.detach()
             self._turn.interrupt()
 
-    async def aclose(self) -> None:
-        """Detach, read the final counts, and free everything.
-
-        A task that waits for the next ones gets StreamClosedError.  Raises that itself when this was
-        closed before; leaving the `async with` block never does.
-        """
-        await super().aclose()
-
     async def _free(self) -> None:
         self._detached = True
         try:
@@ -225,7 +219,7 @@ def count_execve(
     of the new program.
 
     Nothing is attached until the iterator is entered or first iterated; then these may be raised:
-    PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8 with BTF or
+    PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.7 with BTF or
     with its headers), BccNotFoundError.  ArgumentError at once.
     """
     programs = Programs(

@@ -164,8 +164,8 @@ def trace_execve(
     `on_lost` says whether losses are counted only, yielded in their place, or raised: see EventStream.
 
     Nothing is attached until the stream is entered or first iterated; then these may be raised:
-    PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8 with BTF or
-    with its headers), BccNotFoundError.  ArgumentError at once.
+    PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8, or 5.7 with a
+    perf buffer, with BTF or with its headers), BccNotFoundError.  ArgumentError at once.
 
     The stream costs the machine some microseconds for each exec, and nothing otherwise; with
     `failed`, something for every system call of every process (benchmarks/syscall_tax.py).

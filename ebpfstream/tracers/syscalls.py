@@ -171,12 +171,13 @@ def trace_syscalls(
     that of a chosen call is counted as rejected.
 
     Filters, `buffer`, `buffer_size`, `max_delay`, `overload`, `on_lost` and `latency` are those of
-    `trace_execve`.  Reading the
-    stream takes system calls, too: with `exclude_self` those of this process are left out.
+    `trace_execve`.  Reading the stream takes system calls, too: with `exclude_self` those of this process
+    are left out.
 
     Nothing is attached until the stream is entered or first iterated; then these may be raised:
-    PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8 with BTF or with its
-    headers; x86-64 or arm64), BccNotFoundError.  At once, ArgumentError for an unknown name.
+    PrivilegeError (root, or CAP_BPF and CAP_PERFMON), UnsupportedError (Linux ≥ 5.8, or 5.7 with a perf
+    buffer, with BTF or with its headers; x86-64 or arm64), BccNotFoundError.  At once, ArgumentError for
+    an unknown name.
 
     Every system call of every process pays for it while the stream is open; `bpf/syscalls.c` says how much.
     """

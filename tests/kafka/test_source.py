@@ -805,7 +805,7 @@ def test_trio_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"start": "middle"}, "start='middle' is unknown: give 'earliest' or 'latest'"),
+        ({"start": "middle"}, 'start=\'middle\' is unknown: give "earliest" or "latest"'),
         ({"on_lost": "raise"}, "on_lost='raise' is unknown"),
         ({"doubles": "count"}, "doubles='count' is unknown"),
         ({"group": ""}, "group and topic must have names"),

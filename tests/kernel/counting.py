@@ -14,7 +14,7 @@ from ebpfstream.kernel import bpf, maps
 from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, wait_for_running_programs
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Link, RawTracepoint
-from ebpfstream.kernel.maps import TypedMap
+from ebpfstream.kernel.typedmap import TypedMap
 from tests.kernel.flood import producing
 
 TEXT: Final = Path(__file__).with_name("maps.c").read_text()

@@ -37,10 +37,10 @@ NAMES = [
 
 @pytest.fixture
 def mount() -> Path:
-    found = cgroups.mount_point()
+    found = cgroups._mounted()
     if found is None:
         pytest.skip("cgroup v2 is not mounted")
-    return found
+    return Path(found.path)
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_a_relative_path_does_not_depend_on_the_working_directory(
 def test_no_mount(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "_mount", None)
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"")
-    assert cgroups.mount_point() is None
+    assert cgroups._mounted() is None
     assert cgroups.path_of(1) is None
     with pytest.raises(ArgumentError, match="mount -t cgroup2"):
         cgroups.id_of("/")
@@ -309,7 +309,7 @@ def test_a_mount_in_an_odd_place_that_shows_a_part(base: Path, mount: Path, tmp_
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from ebpfstream.kernel import cgroups
-assert str(cgroups.mount_point()) == sys.argv[1], cgroups.mount_point()
+assert cgroups._mounted().path == sys.argv[1], cgroups._mounted()
 print(*(cgroups.path_of(int(number)) for number in sys.argv[2:]))
 assert cgroups.id_of("/inner") == cgroups.id_of(sys.argv[1] + "/inner") == int(sys.argv[2])
 """
@@ -324,19 +324,39 @@ assert cgroups.id_of("/inner") == cgroups.id_of(sys.argv[1] + "/inner") == int(s
     assert done.stdout.split() == ["/inner", "/", "None"]
 
 
+def test_levels(base: Path, mount: Path) -> None:
+    """Known where the root is to be seen; in a namespace it is not, and the level from there would be a wrong one."""
+    (base / "inner").mkdir()
+    levels = [cgroups.level_of(cgroups.id_of(path)) for path in (mount, base, base / "inner")]
+    assert levels == [0, levels[1], levels[1] + 1]
+    assert levels[1] == len(base.relative_to(mount).parts)
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from ebpfstream import Filters
+Filters(cgroup="/inner").pack()
+"""
+    join = 'echo $$ >"$0/cgroup.procs" && exec unshare --mount --cgroup sh -c "$@"'
+    remount = 'umount -l "$0" && mount -t cgroup2 none "$0" && exec "$@"'
+    command = ["sh", "-c", join, str(base), remount, str(mount), sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert f"the root of the hierarchy, which {mount} does not show" in done.stderr
+    assert done.returncode == 1
+
+
 def test_unmounted_and_mounted_elsewhere(mount: Path, tmp_path: Path) -> None:
     code = f"""
 import subprocess, sys
 sys.path.insert(0, {str(ROOT)!r})
 from ebpfstream.kernel import cgroups
 first, second = sys.argv[1:]
-assert str(cgroups.mount_point()) == first
+assert cgroups._mounted().path == first
 assert cgroups.path_of(1) == "/"
 subprocess.run(["umount", "-l", first], check=True)
-assert cgroups.mount_point() is None
+assert cgroups._mounted() is None
 assert cgroups.path_of(1) is None
 subprocess.run(["mount", "-t", "cgroup2", "none", second], check=True)
-assert str(cgroups.mount_point()) == second
+assert cgroups._mounted().path == second
 assert cgroups.path_of(1) == "/"
 """
     subprocess.run(["unshare", "-m", sys.executable, "-c", code, mount, tmp_path], check=True)

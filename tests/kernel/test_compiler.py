@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import platform
 import shutil
@@ -10,14 +12,15 @@ import subprocess
 import sys
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 
-from ebpfstream.errors import AttachError, BccNotFoundError, CompileError, LoadError
-from ebpfstream.kernel import bcc, bpf, compiler
-from ebpfstream.kernel.bpf import MapType, Program, ProgramType, wait_for_running_programs
+from ebpfstream.errors import AttachError, BccNotFoundError, CompileError, LoadError, UnsupportedError
+from ebpfstream.kernel import bcc, bpf, child, compiler
+from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, wait_for_running_programs
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.links import Link, RawTracepoint
 
@@ -128,6 +131,12 @@ async def test_an_impostor_is_recognised_and_worked_around(tmp_path: Path) -> No
     assert done.stdout == "['hello']\n"
 
 
+async def test_a_python_that_cannot_be_executed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(CompileError, match=r"/python: No such file or directory; it is this Python"):
+        await compiler.compile("int hello(void *ctx) { return 0; }")
+
+
 def test_any_python_will_do(tmp_path: Path) -> None:
     """The child in a virtual environment of each Python that is installed here."""
     names = [f"python3.{minor}" for minor in range(11, 20)]
@@ -177,7 +186,7 @@ async def test_cancelled_when_the_maps_have_come(monkeypatch: pytest.MonkeyPatch
 
 async def test_cancelled_it_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is killed, not waited for."""
-    monkeypatch.setattr(compiler, "_CHILD", "import time; time.sleep(30)")
+    monkeypatch.setattr(child, "_code", lambda _: "import time; time.sleep(30)")
     with anyio.fail_after(5):
         with anyio.move_on_after(0.1) as scope:
             await compiler.compile(HELLO)
@@ -195,7 +204,7 @@ async def test_more_maps_than_one_message_carries() -> None:
     text = "".join(f"BPF_ARRAY(map{number}, u64, {number + 1});\n" for number in range(count))
     module = await compiler.compile(text + "int hello(void *ctx) { return 0; }")
     assert [module.maps[f"map{number}"].max_entries for number in range(count)] == list(range(1, count + 1))
-    for number in (0, 249, 250, 259):
+    for number in (0, 252, 253, 259):
         last = number.to_bytes(4, "little")
         beyond = (number + 1).to_bytes(4, "little")
         made = module.maps[f"map{number}"]
@@ -203,9 +212,8 @@ async def test_more_maps_than_one_message_carries() -> None:
 
 
 async def test_a_child_that_dies_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        compiler, "_CHILD", "import os, sys; print('last words', file=sys.stderr, flush=True); os._exit(3)"
-    )
+    code = "import os, sys; print('last words', file=sys.stderr, flush=True); os._exit(3)"
+    monkeypatch.setattr(child, "_code", lambda _: code)
     with pytest.raises(
         CompileError, match=r"the compiler ended with 3 and said nothing of it: last words"
     ) as caught:
@@ -270,6 +278,50 @@ def test_waiting_where_membarrier_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert descriptors() == before
 
 
+def test_waiting_where_a_map_of_maps_is_refused_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, call = bpf.libc(), bpf.bpf
+
+    class Libc:
+        def syscall(self, number: int, *args: Any) -> int:
+            refused = number == bpf._SYSCALLS[platform.machine()]["membarrier"]
+            return -1 if refused else int(real.syscall(number, *args))
+
+    def refusing(command: int, attributes: bytes) -> int:
+        if command == bpf._MAP_CREATE and attributes[:4] == bytes([MapType.ARRAY_OF_MAPS, 0, 0, 0]):
+            ctypes.set_errno(errno.ENOMEM)
+            return -1
+        return call(command, attributes)
+
+    monkeypatch.setattr(bpf, "libc", Libc)
+    monkeypatch.setattr(bpf, "bpf", refusing)
+    before = descriptors()
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        wait_for_running_programs()
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("release", "numbers"),
+    [
+        ("6.18.44-fc-v769", (6, 18)),
+        ("6.12-rc6-amd64", (6, 12)),
+        ("5.10.0-8-amd64", (5, 10)),
+        ("6.1+", (6, 1)),
+        ("4.19", (4, 19)),
+    ],
+)
+def test_releases(monkeypatch: pytest.MonkeyPatch, release: str, numbers: tuple[int, int]) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    assert bpf.kernel_release.__wrapped__() == numbers
+
+
+def test_machines_that_are_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Structs are little-endian."""
+    monkeypatch.setattr(platform, "machine", lambda: "s390x")
+    with pytest.raises(UnsupportedError, match=r"^s390x is not supported; supported are x86_64, aarch64, "):
+        Map.create("probe", MapType.ARRAY, key_size=4, value_size=4, max_entries=1)
+
+
 async def test_runs_are_not_misses() -> None:
     """`recursion_misses` lies behind `run_cnt` in struct bpf_prog_info, which is not 0 here."""
     module = await compiler.compile(HELLO)
@@ -290,7 +342,7 @@ async def test_what_the_child_prints_and_how_it_is_started(
 ) -> None:
     """Into the log and nowhere else; isolated from the environment, and without site-packages."""
     code = "import sys; print('out', sys.flags.isolated, sys.flags.no_site, flush=True); sys.exit(3)"
-    monkeypatch.setattr(compiler, "_CHILD", code)
+    monkeypatch.setattr(child, "_code", lambda _: code)
     with pytest.raises(CompileError) as caught:
         await compiler.compile(HELLO)
     assert caught.value.log == "out 1 1\n"

@@ -455,16 +455,18 @@ async def test_a_closing_that_fails_frees_everything() -> None:
 _KILLED: Final = """
 import anyio, subprocess, sys
 from ebpfstream import trace_execve
-from ebpfstream.kernel import compiler
+from ebpfstream.kernel import child, compiler
 from ebpfstream.kernel.bpf import Program
 from ebpfstream.kernel.links import Link
 where, kind = sys.argv[1:]
 # A compiler that would never end.
-compiler._CHILD = compiler._CHILD.replace(
-    "bcc.main()",
-    "import time; bcc._compile_with_headers = lambda *_: "
-    "(open('/proc/self/comm', 'w').write('compiling'), time.sleep(600)); bcc.main()"
-) if where == "compiling" else compiler._CHILD
+if where == "compiling":
+    code = child._code("bcc").replace(
+        "bcc.main()",
+        "import time; bcc._compile_with_headers = lambda *_: "
+        "(open('/proc/self/comm', 'w').write('compiling'), time.sleep(600)); bcc.main()"
+    )
+    child._code = lambda module: code
 def halt(here):
     if here == where:
         print(here, flush=True)

@@ -19,8 +19,8 @@ from ebpfstream.kernel import bpf, compiler, mapops, maps
 from ebpfstream.kernel.bpf import Map, MapType, Program, ProgramType, possible_cpus
 from ebpfstream.kernel.compiler import Module
 from ebpfstream.kernel.mapops import Batch
-from ebpfstream.kernel.maps import TypedMap
 from ebpfstream.kernel.mapvalues import PerCpu, Snapshot
+from ebpfstream.kernel.typedmap import TypedMap
 from tests.kernel.counting import TEXT, attached, calling, event_type, load, simple, typed
 from tests.kernel.flood import producing
 

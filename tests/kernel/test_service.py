@@ -391,6 +391,12 @@ def test_configurations_are_made_and_checked(tmp_path: Path) -> None:
     assert re.fullmatch(r"\w+: execve to \w+\n", done.stdout)
     assert f"{path} is there already" in refused("config", "init", str(path))
     text = path.read_text()
+    for name in ([], ["-"]):
+        printed = subprocess.run(
+            [*COMMAND, "config", "init", *name], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert printed.stdout == text
+    assert list(tmp_path.iterdir()) == [path]
     path.write_text(f"{text}\nnonsense = 1\n")
     said = refused("config", "check", str(path))
     assert f"{path}:{len(text.splitlines()) + 2}: " in said

@@ -17,8 +17,8 @@ from ebpfstream.errors import ArgumentError, MapError, StreamBusyError, StreamCl
 from ebpfstream.kernel import compiler
 from ebpfstream.kernel.bpf import MapType, online_cpus, possible_cpus
 from ebpfstream.kernel.compiler import Module
-from ebpfstream.kernel.maps import TypedMap
 from ebpfstream.kernel.mapvalues import PerCpu, Snapshot
+from ebpfstream.kernel.typedmap import TypedMap
 from ebpfstream.snapshots import Snapshots, Ticks
 from tests.kernel.counting import TEXT, attached, calling, event_type, simple, typed
 

@@ -228,7 +228,7 @@ async def test_cancelled_while_it_waits_and_while_it_opens() -> None:
 
 
 async def test_wrong_use() -> None:
-    with pytest.raises(ArgumentError, match='buffer=\'foo\' is unknown: give "ring", "perf" or "auto"'):
+    with pytest.raises(ArgumentError, match='buffer=\'foo\' is unknown: give "auto", "ring" or "perf"'):
         trace_execve(buffer="foo")  # type: ignore[call-overload]
     with pytest.raises(ArgumentError, match="buffer_size=-1 is impossible"):
         trace_execve(buffer_size=-1)

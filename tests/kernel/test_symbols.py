@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ebpfstream.errors import ArgumentError, AttachError, BccNotFoundError, EbpfStreamError
-from ebpfstream.kernel import bcc, symbols
+from ebpfstream.kernel import bcc, child, symbols
 from ebpfstream.kernel.symbols import matching, resolve
 from tests.test_house import _modules_after
 
@@ -170,18 +170,18 @@ def test_arguments_that_cannot_be_meant() -> None:
 
 
 def test_the_reader_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symbols, "_CHILD", "import os; os.write(2, b'no luck\\n'); os._exit(3)")
+    monkeypatch.setattr(child, "_code", lambda _: "import os; os.write(2, b'no luck\\n'); os._exit(3)")
     assert refusal(AttachError, "c", "f") == "the reader of c's symbols ended with 3: no luck"
-    monkeypatch.setattr(symbols, "_CHILD", "import time; time.sleep(100)")
+    monkeypatch.setattr(child, "_code", lambda _: "import time; time.sleep(100)")
     monkeypatch.setattr(symbols, "_TIME_LIMIT", 0.1)
     assert "were not read within 0.1 s" in refusal(AttachError, "c", "f")
 
 
 def test_errors_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that of a binding that is not there."""
-    child = symbols._CHILD.replace("symbols.main()", "bcc; bcc.find.__defaults__ = ((),); symbols.main()")
-    child = child.replace("import symbols", "import bcc, symbols")
-    monkeypatch.setattr(symbols, "_CHILD", child)
+    code = child._code("symbols").replace("symbols.main()", "bcc.find.__defaults__ = ((),); symbols.main()")
+    code = code.replace("import symbols", "import bcc, symbols")
+    monkeypatch.setattr(child, "_code", lambda _: code)
     assert "apt-get install python3-bpfcc" in refusal(BccNotFoundError, "c", "getppid")
     assert issubclass(BccNotFoundError, EbpfStreamError)
     assert bcc.find()
@@ -199,10 +199,10 @@ def test_the_child_needs_the_standard_library_alone() -> None:
 
 
 def test_what_a_library_prints_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    child = symbols._CHILD.replace(
+    code = child._code("symbols").replace(
         "symbols.main()",
         "symbols.json.load = lambda file, load=symbols.json.load: (__import__('os').write(1, b'{'), load(file))[1];"
         "symbols.main()",
     )
-    monkeypatch.setattr(symbols, "_CHILD", child)
+    monkeypatch.setattr(child, "_code", lambda _: code)
     assert resolve("c", "getppid")[1] == mapped("getppid")[1]

@@ -339,6 +339,9 @@ class Producer(AIOKafkaProducer):  # type: ignore[misc]
     def __init__(self, servers: list[str], settings: dict[str, Any]) -> None:
         super().__init__(bootstrap_servers=servers, **settings)
         self._connecting = settings
+        if self._txn_manager is not None:
+            # Of a sender that fails it tells whoever waits for a transaction, and fails where nobody can.
+            self._txn_manager.fatal_error = _nobody_waits
 
     async def start(self) -> None:
         """Connect.  Raises KafkaError, OSError."""
@@ -360,6 +363,10 @@ class Producer(AIOKafkaProducer):  # type: ignore[misc]
     async def _end(self, stopping: asyncio.Task[None], transports: set[asyncio.WriteTransport]) -> None:
         await _ended(stopping, *_tasks_of(self._sender, self.client, self._message_accumulator))
         await _closed(self.client, transports)
+
+
+def _nobody_waits(error: BaseException) -> None:
+    pass
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]

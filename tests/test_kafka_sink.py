@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ebpfstream.errors import ArgumentError, SinkError, SinkUnavailableError
 from ebpfstream.sink import open_sink
 from ebpfstream.sinks import kafka
 from ebpfstream.sinks.kafka import KafkaSink
-from ebpfstream.sinks.kafka_client import Security, bootstrap_servers
+from ebpfstream.sinks.kafka_client import Producer, Security, bootstrap_servers
 from ebpfstream.testing import ExampleEvent, make_batch
 from tests.kafka.process import free_port
 
@@ -267,3 +268,20 @@ class TestOpening:
                 assert sending.cancelled_caught
                 await made.aclose(0)
             tasks.cancel_scope.cancel()
+
+    async def test_a_sender_that_fails_is_no_error_of_the_event_loop(self) -> None:
+        """Aiokafka tells transactions of it, of which there are none, in a callback of its task."""
+
+        async def failing() -> None:
+            raise RuntimeError("the transport is closed")
+
+        told: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        producer = Producer(["127.0.0.1:1"], {"enable_idempotence": True, "acks": "all"})
+        task = asyncio.create_task(failing())
+        task.add_done_callback(producer._sender._fail_all)
+        await asyncio.wait([task])
+        await anyio.sleep(0)
+        assert told == []
+        await producer.end(1)

@@ -111,7 +111,7 @@ class KafkaSource(Stream, Generic[Y_co]):
         topic: str,
         *,
         group: str,
-        types: Sequence[type[Event]] = tuple(EVENT_TYPES.values()),
+        types: Sequence[type[Event]] | None = None,
         on_lost: Literal["count", "yield"] = "count",
         start: Literal["earliest", "latest"] = "earliest",
         commit_every: float = 1.0,
@@ -125,6 +125,8 @@ class KafkaSource(Stream, Generic[Y_co]):
         check_choice("on_lost", on_lost, Literal["count", "yield"])
         if not group or not topic:
             raise ArgumentError("group and topic must have names")
+        if types is None:
+            types = tuple(EVENT_TYPES.values())
         if not types:
             raise ArgumentError("there is no type to read events as: give one or more")
         for name, seconds in (("commit_every", commit_every), ("session_timeout", session_timeout)):

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Sequence
 from math import inf
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar, Unpack
+from typing import Any, Generic, Literal, Self, TypeVar, Unpack
 
 from ebpfstream.catalogue import EVENT_TYPES, AnyEvent
 from ebpfstream.completeness import Completeness
@@ -32,6 +32,10 @@ class Options(Login, total=False):
     commit_every: float
     session_timeout: float
     doubles: Literal["drop", "yield"]
+
+
+Batch = list[tuple[Origin | None, Y_co]]
+"""Events, each with the machine, boot and stream that it comes from; None where a record does not tell."""
 
 
 class KafkaSource(Stream, Generic[Y_co]):
@@ -177,13 +181,49 @@ class KafkaSource(Stream, Generic[Y_co]):
         Raises DecodeError (the next call goes on after it), SourceError, StreamClosedError, StreamBusyError.
         """
         while True:
-            record = self._member.next()
-            if record is None:
+            for record in self._member.next():
+                event: Y_co | None = self._read(record)
+                if event is not None:
+                    return event
+                break
+            else:
                 await self._more()
-                continue
-            event: Y_co | None = self._read(record)
+
+    def batches(self, most: int = 500) -> Batches[Y_co]:
+        """The same several at a time: lists of up to `most` events that are there, each with where it comes from.
+
+            async for batch in source.batches():
+                for origin, event in batch: ...
+
+        All of a list are done with when the next one is asked for: so they can be put into a database in one
+        transaction.  Iterating raises what iterating by event does.  Raises ArgumentError.
+        """
+        if most < 1:
+            raise ArgumentError(f"most={most} is impossible: give 1 or more")
+        return Batches(self, most)
+
+    async def _next_batch(self, most: int) -> Batch[Y_co]:
+        while True:
+            records = self._member.next(most)
+            if batch := self._read_all(records):
+                return batch
+            if not records:
+                await self._more()
+
+    def _read_all(self, records: list[Any]) -> Batch[Y_co]:
+        """Those before the first that does not fit, which comes again alone: then it raises DecodeError."""
+        batch: Batch[Y_co] = []
+        for place, record in enumerate(records):
+            try:
+                event: Y_co | None = self._read(record)
+            except DecodeError:
+                self._member.put_back(len(records) - place - (not batch))
+                if not batch:
+                    raise
+                break
             if event is not None:
-                return event
+                batch.append((self._of_last, event))
+        return batch
 
     async def _more(self) -> None:
         with self._turn.taken():
@@ -253,3 +293,17 @@ class KafkaSource(Stream, Generic[Y_co]):
         member = getattr(self, "_member", None)  # there is none if a wrong argument was given
         if member is not None:
             member.abandon()
+
+
+class Batches(Generic[Y_co]):
+    """A source's events several at a time, as an asynchronous iterator."""
+
+    def __init__(self, source: KafkaSource[Y_co], most: int) -> None:
+        self._source = source
+        self._most = most
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Batch[Y_co]:
+        return await self._source._next_batch(self._most)  # noqa: SLF001

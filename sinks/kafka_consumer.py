@@ -27,11 +27,11 @@ _log = logging.getLogger("ebpfstream")
 
 
 class Member:
-    """A member of a consumer group: records of the partitions that are its own, one at a time.
+    """A member of a consumer group: records of the partitions that are its own, one or several at a time.
 
-    A record is done with when the next one is asked for; where the group stands is noted in Kafka some time later.
+    Records are done with when the next ones are asked for; where the group stands is noted in Kafka some time later.
     When the partitions are shared out anew, what is at hand goes back, to come again, here or elsewhere: all but the
-    record in hand, which is waited for, for a while.
+    records in hand, which are waited for, for a while.
 
     After errors that may pass, another consumer begins where the group stands.
     """
@@ -70,33 +70,38 @@ class Member:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._assigned = asyncio.Event()
-        self._free = asyncio.Event()  # no record is in hand
+        self._free = asyncio.Event()  # nothing is in hand
         self._free.set()
         self._at_hand: deque[Any] = deque()
-        self._in_hand: Any = None
+        self._in_hand: list[Any] = []
         self._done: dict[int, int] = {}  # where each partition goes on, not noted in Kafka yet
         self._commit_at = inf
         self._committing: asyncio.Task[None] | None = None
         self._has_warned = False
 
-    def next(self) -> Any:
-        """The next record at hand; None if there is none, or something else is to be done first (`more`)."""
+    def next(self, most: int = 1) -> list[Any]:
+        """The next records at hand; none if there is none, or something else is to be done first (`more`)."""
         self.put_down()
         if not self._at_hand or monotonic() >= self._commit_at:
-            return None
-        self._in_hand = record = self._at_hand.popleft()
+            return []
+        self._in_hand = [self._at_hand.popleft() for _ in range(min(most, len(self._at_hand)))]
         self._free.clear()
-        return record
+        return list(self._in_hand)
 
     def put_down(self) -> None:
-        """The record in hand is done with."""
-        record = self._in_hand
-        if record is not None:
-            self._in_hand = None
-            self._done[record.partition] = record.offset + 1
+        """What is in hand is done with."""
+        if self._in_hand:
+            for record in self._in_hand:
+                self._done[record.partition] = record.offset + 1
+            self._in_hand = []
             if self._commit_at == inf:
                 self._commit_at = monotonic() + self._commit_every
             self._free.set()
+
+    def put_back(self, count: int) -> None:
+        """So many of those in hand, the last ones, come again next."""
+        for _ in range(min(count, len(self._in_hand))):
+            self._at_hand.appendleft(self._in_hand.pop())
 
     async def more(self) -> None:
         """Wait for records, for a while; where the group stands is noted meanwhile.  Raises SourceError."""
@@ -229,16 +234,16 @@ class Member:
     def _forget(self) -> None:
         """What is at hand, in hand or done with is others' now."""
         self._at_hand.clear()
-        self._in_hand = None
+        self._in_hand = []
         self._free.set()
         self._done.clear()
         self._commit_at = inf
 
     async def leave(self) -> None:
-        """Note where the group stands, and leave it; the record in hand will come again."""
+        """Note where the group stands, and leave it; what is in hand will come again."""
         consumer, self._consumer = self._consumer, None
         self._at_hand.clear()
-        self._in_hand = None
+        self._in_hand = []
         self._free.set()
         if consumer is not None:
             await self._committed(consumer, _GOODBYE)

@@ -44,19 +44,19 @@ async def work(name: str, servers: str, database: sqlite3.Connection) -> None:
     # The table leaves out doubles, and counts them: it knows of all workers.
     source = KafkaSource(servers, "execs", group="fleet", on_lost="yield", doubles="yield")
     async with source as events:
-        async for event in events:
-            origin = events.origin
-            assert origin, "not from an ebpfstream"
-            # Asking for the next event says that this one is done with: by then it is in the database.
+        async for batch in events.batches():
+            # Asking for the next ones says that these are done with: by then they are in the database.
             with database:
-                if isinstance(event, Lost):
-                    when = event.time and event.time.isoformat()
-                    lost = (event.cpu, event.count, event.first_sequence, event.last_sequence, when)
-                    database.execute(LOSS, (*origin, *lost))
-                else:
-                    number = (event.cpu, event.program, event.sequence)
-                    what = (event.time.isoformat(), event.message, name)
-                    database.execute(EXEC, (*origin, *number, *what))
+                for origin, event in batch:
+                    assert origin, "not from an ebpfstream"
+                    if isinstance(event, Lost):
+                        when = event.time and event.time.isoformat()
+                        lost = (event.cpu, event.count, event.first_sequence, event.last_sequence, when)
+                        database.execute(LOSS, (*origin, *lost))
+                    else:
+                        number = (event.cpu, event.program, event.sequence)
+                        what = (event.time.isoformat(), event.message, name)
+                        database.execute(EXEC, (*origin, *number, *what))
 
 
 async def main() -> None:

@@ -547,6 +547,61 @@ async def test_done_is_what_another_was_asked_for_after(broker: Cluster, topic: 
     assert not set(numbers(first[:3])) & set(numbers(again))
 
 
+async def test_several_are_done_with_together(broker: Cluster, topic: str) -> None:
+    """When the next ones are asked for, and not before; losses among them, and doubles left out."""
+    await send(
+        broker.servers, topic, mine(range(10)), mine([3, 4]), mine(range(10, 20), lost=[Lost(0, 1, 20, 20)])
+    )
+    group, servers = f"together-{topic}", broker.servers
+    seen: list[tuple[Origin | None, Mine | Lost]] = []
+    async with KafkaSource(
+        servers, topic, group=group, types=[Mine], on_lost="yield", commit_every=1000
+    ) as source:
+        batches = source.batches(most=4)
+        with anyio.fail_after(WAIT):
+            while len(seen) < 21:
+                batch = await anext(batches)
+                assert 1 <= len(batch) <= 4
+                seen += batch
+        assert {origin for origin, _ in seen} == {HERE}
+        assert sorted(event.sequence for _, event in seen if isinstance(event, Mine)) == list(range(20))
+        assert [event.first_sequence for _, event in seen if isinstance(event, Lost)] == [20]
+        assert committed(servers, topic, group) == 0
+    assert committed(servers, topic, group) == 23
+    with pytest.raises(ArgumentError, match="give 1 or more"):
+        source.batches(0)
+
+
+async def test_what_is_in_hand_comes_again_after_an_error(broker: Cluster, topic: str) -> None:
+    produce(broker.servers, topic, *(b'{"pid":%d,"name":"x"}' % number for number in range(9)), schema="one")
+    with pytest.raises(KeyError):
+        async with KafkaSource(broker.servers, topic, group=f"error-{topic}", types=[One]) as source:
+            batches, count = source.batches(3), 0
+            with anyio.fail_after(WAIT):
+                while count < 6:
+                    last = await anext(batches)
+                    count += len(last)
+            raise KeyError
+    assert committed(broker.servers, topic, f"error-{topic}") == count - len(last)
+
+
+async def test_what_does_not_fit_among_several(broker: Cluster, topic: str) -> None:
+    """Those before it come first, then it is told, then those after it."""
+    fits = [b'{"pid":%d,"name":"x"}' % number for number in range(4)]
+    produce(broker.servers, topic, fits[0], fits[1], b"no JSON", b"nor this", fits[2], fits[3], schema="one")
+    async with KafkaSource(broker.servers, topic, group=f"all-{topic}", types=[One]) as source:
+        batches = source.batches()
+        found: list[int | str] = []
+        with anyio.fail_after(WAIT):
+            while len(found) < 6:
+                try:
+                    found += [event.pid for _, event in await anext(batches)]
+                except DecodeError as error:
+                    found.append(str(error).partition(" of ")[0])
+        assert found == [0, 1, "partition 0, offset 2", "partition 0, offset 3", 2, 3]
+    assert committed(broker.servers, topic, f"all-{topic}") == 6
+
+
 async def test_leaving_the_block(broker: Cluster, topic: str) -> None:
     await send(broker.servers, topic, mine(range(10)))
     with pytest.raises(KeyError):

@@ -35,6 +35,7 @@ CHECKOUT: Final = "/opt/checkout"
 
 _DONE: Final = "exit code: "
 
+# The device is a whiteout of overlayfs: what is cached outside changes meanwhile, and is not to be seen in there.
 _INIT: Final = """\
 #!/bin/busybox sh
 b=/bin/busybox
@@ -43,7 +44,8 @@ $b mount -t proc proc /proc
 for module in {modules}; do $b insmod /$module; done
 $b mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=524288,cache=loose host /host
 $b mount -t tmpfs over /over
-$b mkdir /over/upper /over/work
+$b mkdir -p /over/upper/var/cache /over/work
+$b mknod /over/upper/var/cache/ebpfstream c 0 0
 $b mount -t overlay -o lowerdir=/host,upperdir=/over/upper,workdir=/over/work root /root
 $b sh /root{folder}/prepare.sh
 exec $b switch_root /root {systemd}

@@ -201,7 +201,7 @@ class Completeness(Mapping[Origin, Received]):
         return received
 
     def __str__(self) -> str:
-        return "\n".join(map(_line, self.items()))
+        return "\n".join(map(_line, self.items())) or "nothing that is numbered has come"
 
 
 def _line(item: tuple[Origin, Received]) -> str:

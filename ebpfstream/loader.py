@@ -124,11 +124,12 @@ class BPF(Hooks):
                     break
         try:
             return await compiler.compile(self._text, self._cflags)
-        except CompileError:
-            # Of a tracepoint that there is not BCC says that a struct is incomplete.
-            for category, name in probed_tracepoints(self._text):
-                tracepoint_id(category, name)
-            raise
+        except CompileError as error:
+            refused = error
+        # Of a tracepoint that there is not BCC says that a struct is incomplete.
+        for category, name in probed_tracepoints(self._text):
+            tracepoint_id(category, name)
+        raise refused
 
     async def __aexit__(
         self,

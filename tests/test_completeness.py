@@ -192,3 +192,8 @@ def test_where_an_event_comes_from() -> None:
         HERE: 1,
         THERE: 1,
     }
+
+
+def test_nothing_is_said_in_words() -> None:
+    """Events of programs that do not number them."""
+    assert str(Completeness()) == "nothing that is numbered has come"

@@ -208,7 +208,8 @@ def forward(
             try:
                 ended_by = await ship(forwarding, duration, screen)
             finally:
-                _report(forwarding.statistics(), addresses, screen)
+                if forwarding.attached.is_set():
+                    _report(forwarding.statistics(), addresses, screen)
             return ended_by, forwarding.statistics().complete
 
     ended_by, complete = anyio.run(run)
@@ -233,8 +234,6 @@ def chosen_fields(given: str | None) -> dict[str, str] | None:
 
 def _report(statistics: ForwardStatistics, addresses: tuple[str, ...], screen: Screen | None) -> None:
     """The ledgers on standard error; those of sinks if they were named, or did not get everything."""
-    if not (statistics.stream.received if statistics.stream.tried is None else statistics.stream.tried):
-        return
     shown = [
         sink
         for sink in statistics.sinks[screen is not None :]

@@ -45,12 +45,12 @@ def tracepoint_id(category: str, name: str) -> int:
     """
     try:
         return int(_read(f"events/{category}/{name}/id"))
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         wanted, known = f"{category}:{name}", tracepoints()
         raise AttachError(
             f"there is no tracepoint {wanted} in Linux {os.uname().release}"
             + did_you_mean([*(each for each in known if each.endswith(f":{name}")), *near(wanted, known)])
-        ) from error
+        ) from None
 
 
 def raw_tracepoint_hint(name: str) -> str:

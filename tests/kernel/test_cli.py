@@ -313,6 +313,15 @@ def test_where() -> None:
     assert int(ledger[1]) == 5 + int(left_out[1])
 
 
+def test_the_ledger_of_nothing() -> None:
+    """Whoever waited for events in vain wants to see that there were none."""
+    with running("--ppid", str(os.getpid())) as command:
+        command.send_signal(signal.SIGTERM)
+        output, errors = command.communicate(timeout=30)
+    assert output == b""
+    assert re.match(rb"ebpfstream: 0 delivered; 0 tried = 0 submitted \+ 0 lost", errors)
+
+
 def test_a_condition_that_is_none_is_a_message() -> None:
     done = subprocess.run([*COMMAND, "execve", "--where", "uidd == 0"], capture_output=True, text=True)
     assert done.returncode == 1

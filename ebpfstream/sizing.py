@@ -12,24 +12,20 @@ from typing import Any, Final, Literal, get_args
 from ebpfstream.batch import EventBatch
 from ebpfstream.errors import ArgumentError
 from ebpfstream.events import Event, Integer, Layout, layout
-from ebpfstream.kernel.perfbuf import ring_bytes
+from ebpfstream.kernel.perfbuf import RING_MAX, ring_bytes
 from ebpfstream.kernel.perfring import PREFIX, RECORD_MAX
-from ebpfstream.kernel.ringbuf import HEADER_SIZE, buffer_bytes
+from ebpfstream.kernel.ringbuf import HEADER_SIZE, SIZE_MAX, buffer_bytes, record_bytes
 from ebpfstream.origin import Origin
 from ebpfstream.packing import pack
 from ebpfstream.records import Records, Run
 from ebpfstream.segments import POSITIONS_SIZE, entry_size
 from ebpfstream.sink import Sink
-from ebpfstream.stream import LATENCY
+from ebpfstream.stream import BATCH_BYTES, LATENCY
 from ebpfstream.tracers.execve import ExecEvent
 from ebpfstream.tracers.syscalls import SyscallEvent
 
 Kind = Literal["execve", "syscalls", "struct"]
 
-RING_MOST: Final = 1 << 31
-"""Bytes that a ring buffer may have."""
-PERF_MOST: Final = 1 << 30
-"""Bytes that a perf buffer may have for one CPU."""
 WINDOW: Final = 0.1
 """Seconds over which the busiest time is looked for."""
 
@@ -45,7 +41,7 @@ _EXEC_TAIL: Final = 112
 _EXEC_JSON, _EXEC_JSON_OF_BYTE = 530, 2.1
 _SYSCALL_JSON: Final = 346
 
-_BATCH: Final = (256 << 10) + (32 << 10)  # a stream takes 256 KiB at a time, and the record that passes that
+_BATCH: Final = BATCH_BYTES + (32 << 10)  # with the record that passes them
 _BLOCK: Final = 4096
 _MEBIBYTE: Final = 1 << 20
 
@@ -143,7 +139,7 @@ def record(sample: int) -> Record:
     if not 1 <= sample <= _SAMPLE_MOST:
         raise ArgumentError(f"an event of {sample} bytes is impossible: give 1 to {_SAMPLE_MOST} bytes")
     perf = _aligned(PREFIX + sample) if sample <= _PERF_SAMPLE_MOST else None
-    return Record(sample, _aligned(HEADER_SIZE + sample), perf)
+    return Record(sample, record_bytes(sample), perf)
 
 
 def _aligned(size: int) -> int:
@@ -186,7 +182,7 @@ def spooled(event_type: type[Event], of_one: Record, rate: float, *, varied: boo
     Where lengths are `varied` an entry says that of each event.
     """
     stride = _aligned(ceil(of_one.larger))
-    number = max(1, min(floor(rate * LATENCY), (256 << 10) // stride))
+    number = max(1, min(floor(rate * LATENCY), BATCH_BYTES // stride))
     size = stride - HEADER_SIZE
     runs: list[Run] = [(0, stride, size, number)]
     if varied:
@@ -341,8 +337,8 @@ def _for_stall(made: Plan, stall: float) -> Plan:
     rate, ring, perf = load.busiest, load.busiest_record.ring, load.busiest_record.perf
     events = coming(rate, stall)
     need = needed(events, ring)
-    if need > RING_MOST:
-        most = tolerated(RING_MOST, ring, rate)
+    if need > SIZE_MAX:
+        most = tolerated(SIZE_MAX, ring, rate)
         raise ArgumentError(
             f"{events} events of {ring:.0f} bytes do not fit into a ring buffer, of which the kernel gives 2 GiB at "
             f"most: that is a stall of {most:.3g} s at this rate.  Ask for less, leave events out with filters, or "
@@ -357,7 +353,7 @@ def _for_stall(made: Plan, stall: float) -> Plan:
         need = needed(ceil(events / share), perf)
         size = kernel_size(need)
         parts.append(Part(size * cpus, size, need, tolerated(size, perf, rate / share)))
-    if parts[0].per_cpu > PERF_MOST:
+    if parts[0].per_cpu > RING_MAX:
         why = f"a CPU's part would need {parts[0].needed} bytes, and the kernel gives 1 GiB at most"
         return replace(made, perf_impossible=why)
     return replace(made, perf=parts[0], perf_spread=parts[1])

@@ -31,7 +31,8 @@ LATENCY: Final = 0.002
 OnLost = Literal["count", "yield", "raise"]
 
 _NONE: Final = Records(b"", 0, [])
-_BATCH_BYTES: Final = 1 << 18
+BATCH_BYTES: Final = 1 << 18
+"""Bytes that a drain takes at most, but for the record that passes them."""
 _MUCH_BYTES: Final = 1 << 16  # so many in the buffer need not gather any more
 _GATHERED_MOST: Final = 0.25  # of the buffer, or of the part of it that one CPU has
 # A record at the head that stays unfinished makes the descriptor readable for as long.
@@ -229,7 +230,7 @@ class EventStream(Stream, Generic[E_co]):
         pending = buffer.pending()
         if pending > self._buffered_most:
             self._buffered_most = pending
-        records = buffer.drain(_BATCH_BYTES)
+        records = buffer.drain(BATCH_BYTES)
         self._source.drained()
         if records is None:
             self._behind = self._flowing = False
@@ -237,7 +238,7 @@ class EventStream(Stream, Generic[E_co]):
             self._unfinished = bool(buffer.pending())
             return None
         taken = len(records.data)
-        self._behind = taken >= _BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
+        self._behind = taken >= BATCH_BYTES or buffer.pending() >= _MUCH_BYTES
         if self._flowing:  # at this rate, no more than a part of the buffer is to gather
             pause = self._pause * buffer.fill()[1] * _GATHERED_MOST / taken
             self._pause = min(max(pause, self._latency / 64), self._latency)
@@ -376,7 +377,7 @@ class EventStream(Stream, Generic[E_co]):
                 await run_sync(self._source.stop)  # threads: the kernel waits for grace periods
                 await run_sync(wait_for_running_programs)
                 self._buffer.finish()
-                while records := self._buffer.drain(_BATCH_BYTES):
+                while records := self._buffer.drain(BATCH_BYTES):
                     self._account(EventBatch(self._event_type, records))
                     await checkpoint()
         finally:

@@ -17,8 +17,8 @@ from ebpfstream import ArgumentError, EventBatch, ExecEvent, SyscallEvent, sizin
 from ebpfstream.backlog import Backlog
 from ebpfstream.cli.size import size as command
 from ebpfstream.events import Event, layout
-from ebpfstream.kernel.perfbuf import ring_bytes
-from ebpfstream.kernel.ringbuf import buffer_bytes
+from ebpfstream.kernel.perfbuf import RING_MAX, ring_bytes
+from ebpfstream.kernel.ringbuf import SIZE_MAX, buffer_bytes
 from ebpfstream.origin import Origin
 from ebpfstream.packing import pack
 from ebpfstream.records import Records, Run
@@ -124,11 +124,11 @@ def test_a_buffer_of_a_size() -> None:
 
 
 def test_limits_are_the_kernels() -> None:
-    assert buffer_bytes(sizing.RING_MOST) == sizing.RING_MOST
-    assert ring_bytes(sizing.PERF_MOST, 1) == sizing.PERF_MOST
+    assert buffer_bytes(SIZE_MAX) == SIZE_MAX
+    assert ring_bytes(RING_MAX, 1) == RING_MAX
     for refuse, most in (
-        (buffer_bytes, sizing.RING_MOST),
-        (lambda size: ring_bytes(size, 1), sizing.PERF_MOST),
+        (buffer_bytes, SIZE_MAX),
+        (lambda size: ring_bytes(size, 1), RING_MAX),
     ):
         with pytest.raises(ArgumentError):
             refuse(2 * most)

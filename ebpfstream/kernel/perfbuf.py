@@ -29,6 +29,9 @@ _log = logging.getLogger("ebpfstream")
 
 _CAME: Final = re.compile(rb"online@/devices/system/cpu/cpu(\d+)\0")
 
+RING_MAX: Final = 1 << 30
+"""Bytes that one CPU's ring may have."""
+
 # Records of one drain from which on gathering them costs less than being woken for each.
 _BUSY: Final = 32
 # Seconds that a program which has picked the event that wakes nobody may take to use it, mostly.
@@ -41,9 +44,9 @@ def ring_bytes(requested: int, cpus: int) -> int:
     Raises ArgumentError for what gives no CPU a page, or one more than 1 GiB.
     """
     page = mmap.PAGESIZE
-    if not page * cpus <= requested <= cpus << 30:
+    if not page * cpus <= requested <= cpus * RING_MAX:
         raise ArgumentError(
-            f"buffer_size={requested} is impossible: give {page * cpus} to {cpus << 30} bytes for {cpus} CPUs"
+            f"buffer_size={requested} is impossible: give {page * cpus} to {cpus * RING_MAX} bytes for {cpus} CPUs"
         )
     return 1 << ((requested // cpus).bit_length() - 1)
 

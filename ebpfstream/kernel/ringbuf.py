@@ -23,7 +23,8 @@ _BUSY: Final = 1 << 31  # BPF_RINGBUF_BUSY_BIT: reserved, not yet submitted
 _DISCARD: Final = 1 << 30  # BPF_RINGBUF_DISCARD_BIT: the program changed its mind
 _FLAGS: Final = _BUSY | _DISCARD
 
-_SIZE_MAX: Final = 1 << 31  # max_entries is a u32, and a power of two
+SIZE_MAX: Final = 1 << 31
+"""Bytes that a ring buffer may have: max_entries is a u32, and a power of two."""
 
 
 def buffer_bytes(requested: int) -> int:
@@ -32,8 +33,8 @@ def buffer_bytes(requested: int) -> int:
     Raises ArgumentError for what is below one page or above 2 GiB.
     """
     page = mmap.PAGESIZE
-    if not page <= requested <= _SIZE_MAX:
-        raise ArgumentError(f"buffer_size={requested} is impossible: give {page} to {_SIZE_MAX} bytes")
+    if not page <= requested <= SIZE_MAX:
+        raise ArgumentError(f"buffer_size={requested} is impossible: give {page} to {SIZE_MAX} bytes")
     return 1 << (requested.bit_length() - 1)
 
 
@@ -113,7 +114,7 @@ class RingBuffer:
         self._barrier()
         taken = end - start
         # An unfinished record has its length already (__bpf_ringbuf_reserve()).
-        reach = taken or _stride(self._headers[start >> 2] & ~_FLAGS)
+        reach = taken or record_bytes(self._headers[start >> 2] & ~_FLAGS)
         if reach > available:
             raise _corrupt(f"a record goes {reach - available} bytes beyond what has been reserved")
         if not taken:
@@ -138,9 +139,9 @@ class RingBuffer:
                 if header & _BUSY:
                     break
                 discarded += 1
-                position += _stride(header - _DISCARD)
+                position += record_bytes(header - _DISCARD)
                 continue
-            stride = HEADER_SIZE + header + 7 & ~7  # as _stride() has it
+            stride = HEADER_SIZE + header + 7 & ~7  # as record_bytes() has it
             # Streams of one type mostly have one length.
             count = equal_headers(headers, position >> 2, stride >> 2, end >> 2)
             runs.append((position - start, stride, header, count))
@@ -163,8 +164,8 @@ class RingBuffer:
         self._map.close()
 
 
-def _stride(length: int) -> int:
-    """Bytes from one record to the next."""
+def record_bytes(length: int) -> int:
+    """Bytes from one record to the next, of a sample of so many."""
     return HEADER_SIZE + length + 7 & ~7
 
 

@@ -86,7 +86,7 @@ class Replay(Generic[E_co]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.detach()
+        pass
 
     def __aiter__(self) -> Self:
         return self
